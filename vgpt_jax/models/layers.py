@@ -1,0 +1,19 @@
+"""What several models are made of."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Zeroes elements with probability ``rate`` and scales the rest; the identity where ``key`` is None.
+
+    The rate is rounded to a multiple of 1/256: a byte of randomness an element, a quarter of what a float would take.
+    """
+    if key is None or not rate:
+        return x
+    dropped = min(round(256 * rate), 255)
+    kept = jax.random.bits(key, x.shape, jnp.uint8) >= dropped
+    return jnp.where(kept, x * (256 / (256 - dropped)), 0).astype(x.dtype)
