@@ -1,0 +1,1 @@
+"""Metrics as pure functions, and the runner that averages them over the held-out part."""

@@ -1,0 +1,1 @@
+"""Arrays in, pictures out: grids, the decoding GIF, plots."""
