@@ -1,0 +1,170 @@
+"""Each stage learns, and a step on eight devices is the step on one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+
+from vgpt_jax.data.datasets import load_sources
+from vgpt_jax.errors import UserError
+from vgpt_jax.models.classifier import ConvClassifier
+from vgpt_jax.models.gpt import GPT
+from vgpt_jax.models.tokenizer import Tokenizer
+from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
+from vgpt_jax.training.from_config import abstract_tokenizer, classifier_arguments, gpt_arguments, tokenizer_arguments
+from vgpt_jax.training.metric_log import curves
+from vgpt_jax.training.optimizer import make_optimizer
+from vgpt_jax.training.saved_model import load_model
+from vgpt_jax.training.sharding import check_batch_size, make_mesh, shard_batch
+from vgpt_jax.training.state import create_replicated_state, start_from
+
+
+def one_device() -> Mesh:
+    return Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+
+
+def tokenizer_parts(config, mesh, optimizer):
+    arguments = tokenizer_arguments(config)
+    graph, state = create_replicated_state(lambda rngs: Tokenizer(**arguments, rngs=rngs), optimizer, 0, mesh)
+    return state, tokenizer_stage.make_train_step(graph, optimizer, "l2")
+
+
+def generator_parts(config, mesh, optimizer):
+    arguments = gpt_arguments(config, abstract_tokenizer(config), 9)
+    graph, state = create_replicated_state(lambda rngs: GPT(**arguments, rngs=rngs), optimizer, 0, mesh)
+    return state, generator_stage.make_train_step(graph, optimizer, 0.1)
+
+
+def classifier_parts(config, mesh, optimizer):
+    arguments = classifier_arguments(config, num_classes=9)
+    graph, state = create_replicated_state(lambda rngs: ConvClassifier(**arguments, rngs=rngs), optimizer, 0, mesh)
+    return state, classifier_stage.make_train_step(graph, optimizer, 0.1)
+
+
+def random_batch(index: int) -> dict:
+    rng = np.random.default_rng(index)
+    return {
+        "image": rng.random((16, 16, 16, 3), np.float32),
+        "label": rng.integers(0, 9, 16).astype(np.int32),
+        "token_ids": rng.integers(0, 32, (16, 16)).astype(np.int32),
+    }
+
+
+@pytest.mark.parametrize("parts", [tokenizer_parts, generator_parts, classifier_parts])
+def test_eight_devices_take_the_steps_of_one(parts, tiny_config):
+    """Ten steps: through warm start, initialisation from latents and replacement, whose draws must be the same."""
+    tiny_config.vector_quantize.update(pretrain_steps=3, replace_freq=2, penalty_weight=0.1)
+    optimizer = make_optimizer(learning_rate=1e-3, num_steps=10)
+    ends, losses = [], []
+    for mesh in (one_device(), make_mesh()):
+        state, train_step = parts(tiny_config, mesh, optimizer)
+        train_step = jax.jit(train_step, donate_argnums=0)
+        seen = []
+        for index in range(10):
+            state, metrics = train_step(state, shard_batch(mesh, random_batch(index)))
+            seen.append({name: float(value) for name, value in metrics.items()})
+        ends.append(state)
+        losses.append(seen)
+    assert len(ends[1].step.sharding.device_set) == 8
+    for one, eight in zip(*losses, strict=True):
+        for name in one:
+            np.testing.assert_allclose(one[name], eight[name], rtol=2e-4, atol=1e-6, err_msg=name)
+    for one, eight in zip(jax.tree.leaves(ends[0].params), jax.tree.leaves(ends[1].params), strict=True):
+        np.testing.assert_allclose(one, eight, atol=2e-3)  # Adam turns a rounding of a tiny gradient into a whole step
+
+
+def test_codes_are_the_latents_of_the_global_batch(tiny_config):
+    """After the warm start, codes come from the examples of all eight devices."""
+    tiny_config.vector_quantize.update(pretrain_steps=1)
+    optimizer = make_optimizer(learning_rate=1e-9, num_steps=10)
+    state, train_step = tokenizer_parts(tiny_config, make_mesh(), optimizer)
+    arguments = tokenizer_arguments(tiny_config)
+    latents = Tokenizer(**arguments, rngs=nnx.Rngs(0)).latents(jnp.asarray(random_batch(0)["image"]))
+    state, _ = jax.jit(train_step)(state, shard_batch(make_mesh(), random_batch(0)))
+    codes = state.params["quantizer"]["codebook"][...]
+    distances = np.linalg.norm(np.asarray(codes)[:, None] - np.asarray(latents).reshape(1, -1, 8), axis=-1)
+    assert distances.min(axis=1).max() < 1e-4
+    example_of_code = distances.argmin(axis=1) // 16
+    assert len(set((example_of_code // 2).tolist())) > 4  # two examples a device
+
+
+def test_every_stage_learns(trained):
+    tokenizer = curves(trained / "tokenizer")
+    assert tokenizer["reconstruction"][-1][1] < 0.5 * tokenizer["reconstruction"][0][1]
+    generator = curves(trained / "generator")
+    assert generator["held_out/nats_per_token"][-1][1] < 0.95 * np.log(32)
+    assert generator["held_out/bits_per_token"][-1][1] == pytest.approx(
+        generator["held_out/nats_per_token"][-1][1] / np.log(2)
+    )
+    classifier = curves(trained / "classifier")
+    assert classifier["held_out/cross_entropy"][-1][1] < np.log(9)
+
+
+def test_every_stage_leaves_pictures_curves_and_logs(trained):
+    for stage, picture in (("tokenizer", "reconstructions"), ("generator", "samples")):
+        assert (trained / stage / "pictures" / f"{picture}_0000040.png").is_file()
+    for stage in ("tokenizer", "generator", "classifier"):
+        assert (trained / stage / "curves.png").is_file()
+        assert (trained / stage / "parameters.txt").read_text().strip()
+        assert any((trained / stage / "tensorboard").iterdir())
+
+
+def test_code_metrics_wait_for_the_end_of_the_warm_start(tiny_config, tmp_path):
+    tiny_config.vector_quantize.update(pretrain_steps=30)
+    stage = tokenizer_stage.build(tiny_config, make_mesh(), tmp_path, load_sources(tiny_config.data))
+    assert not {"code_use", "perplexity"} & set(stage.evaluate(stage.state).scalars)
+    warm = stage.state.replace(buffers=jax.tree.map(lambda x: x + 30 if x.ndim == 0 else x, stage.state.buffers))
+    assert {"code_use", "perplexity", "code_entropy", "psnr", "ssim"} <= set(stage.evaluate(warm).scalars)
+
+
+def test_training_can_start_from_a_trained_model(trained, tiny_config):
+    mesh, optimizer = make_mesh(), make_optimizer(learning_rate=1e-3, num_steps=10)
+    state, _ = tokenizer_parts(tiny_config, mesh, optimizer)
+    directory = trained / "tokenizer" / "model"
+    arguments = tokenizer_arguments(tiny_config)
+    started = start_from(state, str(directory), "tokenizer", arguments, mesh)
+    loaded, _ = load_model(directory, "tokenizer")
+    np.testing.assert_array_equal(started.params["quantizer"]["codebook"][...], loaded.quantizer.codebook[...])
+    assert int(started.buffers["quantizer"]["steps"][...]) == 40
+    with pytest.raises(UserError, match="image_size"):
+        start_from(state, str(directory), "tokenizer", arguments | {"image_size": 32}, mesh)
+
+
+def test_a_warm_start_that_never_ends_is_refused(tiny_config):
+    tiny_config.vector_quantize.update(pretrain_steps=40)
+    with pytest.raises(UserError, match="never be used"):
+        tokenizer_stage.plan(tiny_config, make_mesh(), 9)
+
+
+def test_a_batch_that_devices_cannot_share_is_refused():
+    with pytest.raises(UserError, match="classifier_training.batch_size is 12"):
+        check_batch_size(make_mesh(), 12, "classifier_training.batch_size")
+
+
+def test_the_generators_loss_is_over_image_tokens_given_condition_and_past():
+    gpt = GPT(num_codes=6, num_classes=2, num_tokens=4, d_model=8, num_layers=1, num_heads=1, rngs=nnx.Rngs(0))
+    token_ids = jnp.array([[1, 5, 0, 2]])
+    losses = generator_stage.token_losses(gpt, jnp.array([7]), token_ids)
+    logits = np.asarray(gpt(jnp.array([[7, 1, 5, 0]])))[0].astype(np.float64)
+    expected = np.log(np.exp(logits).sum(axis=-1)) - logits[np.arange(4), [1, 5, 0, 2]]
+    np.testing.assert_allclose(losses[0], expected, rtol=1e-5)
+
+
+def test_the_unconditional_share_replaces_classes_by_the_begin_token(tiny_config):
+    optimizer = optax.sgd(1.0)
+    tiny_config.gpt.tie_weights = False  # so that only the rows that are read move
+    arguments = gpt_arguments(tiny_config, abstract_tokenizer(tiny_config), 9)
+    graph, state = create_replicated_state(lambda rngs: GPT(**arguments, rngs=rngs), optimizer, 0, one_device())
+    begin = 32 + 9
+
+    def moved(share: float) -> np.ndarray:
+        after, _ = jax.jit(generator_stage.make_train_step(graph, optimizer, share))(state, random_batch(0))
+        change = after.params["token_embedding"][...] - state.params["token_embedding"][...]
+        return np.abs(np.asarray(change)).sum(axis=1)
+
+    never, always = moved(0.0), moved(1.0)
+    assert never[begin] == 0 and never[32:begin].max() > 0
+    assert always[begin] > 0 and always[32:begin].max() == 0

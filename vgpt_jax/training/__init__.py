@@ -1,0 +1,1 @@
+"""Training: one loop, its state, checkpoints and sharding, and one file for each stage."""

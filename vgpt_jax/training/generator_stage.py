@@ -1,0 +1,200 @@
+"""Stage 2: the generator learns to write the token grids of the frozen tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from vgpt_jax.data.datasets import make_transform
+from vgpt_jax.data.loader import evaluation_batches, training_batches
+from vgpt_jax.data.token_cache import TokenSource, read_token_cache, write_token_cache
+from vgpt_jax.data.transforms import to_uint8
+from vgpt_jax.errors import UserError, check_range
+from vgpt_jax.evaluation.metrics import entropy
+from vgpt_jax.evaluation.runner import Evaluation, mean_over, summed
+from vgpt_jax.losses import cross_entropy
+from vgpt_jax.models.gpt import GPT
+from vgpt_jax.models.tokenizer import Tokenizer
+from vgpt_jax.sampling.cond_visual_gpt import CondVisualGPT
+from vgpt_jax.sampling.generate import check_sampling_options
+from vgpt_jax.training.from_config import abstract_tokenizer, gpt_arguments
+from vgpt_jax.training.optimizer import make_optimizer
+from vgpt_jax.training.saved_model import load_model, save_model
+from vgpt_jax.training.sharding import check_batch_size, replicated
+from vgpt_jax.training.stage import Stage
+from vgpt_jax.training.state import TrainState, apply_gradients, create_replicated_state, merge_model, start_from
+from vgpt_jax.visualization.grid import enlarge, make_grid, scale_for
+
+ENCODE_BATCH = 32
+MAX_CLASSES_SHOWN = 12
+
+
+def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, unconditional_share: float):
+    """The pure step; the batch has ``token_ids`` ``[B, N]`` and ``label`` ``[B]``. The loss is over image tokens only.
+
+    Args:
+      graph: of the GPT.
+      optimizer: of its parameters.
+      unconditional_share: share of the sequences that begin with the begin token instead of their class.
+    """
+
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        dropout_key, condition_key = jax.random.split(state.step_key())
+
+        def loss(params):
+            gpt = nnx.merge(graph, params, state.buffers)
+            conditions = gpt.condition_ids(batch["label"], len(batch["label"]))
+            if unconditional_share:
+                blank = jax.random.bernoulli(condition_key, unconditional_share, conditions.shape)
+                conditions = jnp.where(blank, gpt.begin_id, conditions)
+            return jnp.mean(token_losses(gpt, conditions, batch["token_ids"], dropout_key))
+
+        value, gradients = jax.value_and_grad(loss)(state.params)
+        metrics = {"nats_per_token": value, "gradient_norm": optax.tree.norm(gradients)}
+        return apply_gradients(state, gradients, optimizer), metrics
+
+    return train_step
+
+
+def token_losses(
+    gpt: GPT, conditions: jax.Array, token_ids: jax.Array, dropout_key: jax.Array | None = None
+) -> jax.Array:
+    """Cross-entropy in nats of every image token ``[B, N]`` given its condition ``[B]`` and the tokens before it."""
+    inputs = jnp.concatenate([conditions[:, None], token_ids[:, :-1]], axis=1)
+    return cross_entropy(gpt(inputs, dropout_key), token_ids)
+
+
+def held_out_metrics(gpt: GPT, batch: dict) -> dict:
+    """``{"nats_per_token": [B]}``, each example conditioned on its class."""
+    conditions = gpt.condition_ids(batch["label"], len(batch["label"]))
+    return {"nats_per_token": jnp.mean(token_losses(gpt, conditions, batch["token_ids"]), axis=1)}
+
+
+def unigram_nats(tokens: TokenSource) -> float:
+    """Entropy in nats of the distribution of single tokens: what a model that has learnt nothing else would reach."""
+    return entropy(np.bincount(tokens.token_ids.ravel()))
+
+
+def token_sources(
+    config, tokenizer: Tokenizer, fingerprint: str, workdir: Path, sources: tuple[Any, Any]
+) -> tuple[TokenSource, TokenSource]:
+    """Both parts of the token cache, written first if it is not there.
+
+    Raises:
+      UserError: the cache is of another tokenizer, or damaged.
+    """
+    directory = workdir / "token_cache"
+    if not directory.exists():
+        graph, state = nnx.split(tokenizer)
+        encode = jax.jit(lambda state, images: nnx.merge(graph, state).encode(images))
+        write_token_cache(
+            directory,
+            lambda images: encode(state, images),
+            *sources,
+            make_transform(config.data),
+            batch_size=ENCODE_BATCH,
+            num_codes=tokenizer.num_codes,
+            grid=tokenizer.grid,
+            fingerprint=fingerprint,
+        )
+    return read_token_cache(directory, fingerprint=fingerprint)
+
+
+def sampling_options(config) -> dict[str, Any]:
+    """Temperature, top-k and top-p of the config's ``sampling`` section."""
+    return {name: config.sampling[name] for name in ("temperature", "top_k", "top_p")}
+
+
+def plan(config, mesh: Mesh, num_classes: int) -> tuple[dict[str, Any], optax.GradientTransformation]:
+    """The model's arguments, for the tokenizer that the config describes, and the optimizer.
+
+    Raises:
+      UserError: the config is not sound; the message names the field.
+    """
+    training = config.generator_training
+    check_batch_size(mesh, training.batch_size, "generator_training.batch_size")
+    check_range("generator_training.unconditional_share", training.unconditional_share, least=0, most=1)
+    check_range("sampling.num", config.sampling.num, least=1)
+    tokenizer = abstract_tokenizer(config)
+    try:
+        check_sampling_options(**sampling_options(config), num_codes=tokenizer.num_codes)
+    except UserError as error:
+        raise UserError(f"in the config's sampling section, {error}") from error
+    arguments = gpt_arguments(config, tokenizer, num_classes)
+    nnx.eval_shape(lambda: GPT(**arguments, rngs=nnx.Rngs(0)))
+    return arguments, make_optimizer(num_steps=training.num_steps, **training.optimizer)
+
+
+def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
+    """The generator's stage, on the tokens of a training and a held-out source.
+
+    Raises:
+      UserError: as `plan`; or there is no tokenizer, or it does not fit the config or the token cache.
+    """
+    training = config.generator_training
+    arguments, optimizer = plan(config, mesh, len(sources[0].class_names))
+    tokenizer, of_tokenizer = load_model(workdir / "tokenizer" / "model", "tokenizer", replicated(mesh))
+    for field, mine, there in (
+        ("data.image_size", config.data.image_size, tokenizer.image_size),
+        ("data.value_range", list(config.data.value_range), of_tokenizer["value_range"]),
+        ("the number of codes", arguments["num_codes"], tokenizer.num_codes),
+        ("the number of tokens", arguments["num_tokens"], tokenizer.grid[0] * tokenizer.grid[1]),
+    ):
+        if mine != there:
+            raise UserError(
+                f"{field} is {mine} in the config, but {there} in the tokenizer in {workdir}: make them agree"
+            )
+    train_tokens, held_out = token_sources(config, tokenizer, of_tokenizer["fingerprint"], workdir, sources)
+    unigram = unigram_nats(train_tokens)
+
+    graph, state = create_replicated_state(lambda rngs: GPT(**arguments, rngs=rngs), optimizer, config.seed, mesh)
+    eval_sums = summed(lambda state, batch: held_out_metrics(merge_model(graph, state), batch))
+    class_names = train_tokens.class_names[:MAX_CLASSES_SHOWN]
+
+    def evaluate(state: TrainState) -> Evaluation:
+        batches = evaluation_batches(held_out, lambda example: example, batch_size=training.batch_size)
+        nats = float(mean_over(eval_sums, state, batches, mesh)["nats_per_token"])
+        model = CondVisualGPT(
+            tokenizer,
+            merge_model(graph, state),
+            class_names=train_tokens.class_names,
+            value_range=of_tokenizer["value_range"],
+        )
+        drawn = model.sample(
+            range(len(class_names)), num=config.sampling.num, seed=config.seed, **sampling_options(config)
+        )
+        pictures = enlarge(to_uint8(drawn.images, (0, 1)), scale_for(tokenizer.image_size, 96))
+        grid = make_grid(pictures, config.sampling.num, row_names=class_names)
+        scalars = {"nats_per_token": nats, "bits_per_token": nats / np.log(2), "unigram_nats": unigram}
+        return Evaluation(scalars, {"samples": grid})
+
+    def finish(state: TrainState) -> None:
+        save_model(
+            workdir / "generator" / "model",
+            "gpt",
+            merge_model(graph, state),
+            arguments,
+            class_names=list(train_tokens.class_names),
+            grid=list(tokenizer.grid),
+            tokenizer_fingerprint=of_tokenizer["fingerprint"],
+            steps=int(state.step),
+        )
+
+    return Stage(
+        name="generator",
+        state=state,
+        start=lambda state: start_from(state, training.init_from, "gpt", arguments, mesh),
+        identity={"data": train_tokens.identity, "tokenizer": of_tokenizer["fingerprint"]},
+        train_step=jax.jit(make_train_step(graph, optimizer, training.unconditional_share), donate_argnums=0),
+        batches=training_batches(
+            train_tokens, lambda example, _: example, batch_size=training.batch_size, seed=config.seed
+        ),
+        num_steps=training.num_steps,
+        evaluate=evaluate,
+        finish=finish,
+    )

@@ -1,0 +1,129 @@
+"""A trained model in a folder: what it is, in JSON, and its weights, in Orbax's format. The hand-over between stages.
+
+    DIR/metadata.json    kind, constructor arguments, what the next stage derives from (grid, classes, value range, ...)
+    DIR/weights/         the state of the module
+
+A folder is written beside its place and renamed, so it is there whole or not at all.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from vgpt_jax.errors import UserError
+from vgpt_jax.models.classifier import ConvClassifier
+from vgpt_jax.models.gpt import GPT
+from vgpt_jax.models.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+KINDS = {"tokenizer": Tokenizer, "gpt": GPT, "classifier": ConvClassifier}
+
+
+def save_model(
+    directory: Path, kind: str, model: nnx.Module, arguments: dict[str, Any], **metadata: Any
+) -> dict[str, Any]:
+    """Writes a model; one that is there already is replaced once the new one is whole.
+
+    Args:
+      directory: the folder to be.
+      kind: a key of `KINDS`.
+      model: a module of that kind.
+      arguments: what its constructor was called with, without ``rngs``.
+      **metadata: JSON values that later stages need.
+
+    Returns:
+      The metadata as written, with the ``fingerprint`` of weights and arguments.
+    """
+    import orbax.checkpoint as ocp
+
+    state = nnx.to_pure_dict(nnx.state(model))
+    written = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "arguments": arguments,
+        "fingerprint": fingerprint(arguments, state),
+        **metadata,
+    }
+    directory = Path(directory).absolute()
+    unfinished = directory.with_name(directory.name + ".unfinished")
+    if jax.process_index() == 0 and unfinished.exists():
+        shutil.rmtree(unfinished)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(unfinished / "weights", state)
+    if jax.process_index() == 0:
+        (unfinished / "metadata.json").write_text(json.dumps(written, indent=2) + "\n")
+        if directory.exists():
+            shutil.rmtree(directory)
+        unfinished.rename(directory)
+    return written
+
+
+def read_metadata(directory: Path, kind: str) -> dict[str, Any]:
+    """What a model folder says of itself.
+
+    Raises:
+      UserError: there is no such folder, it is damaged, of another kind, or of a later format.
+    """
+    path = Path(directory) / "metadata.json"
+    try:
+        metadata = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"there is no trained {kind} in {directory}: train one with vgpt_jax.main, or give another folder"
+        ) from None
+    except (json.JSONDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+    if metadata.get("kind") != kind:
+        raise UserError(f"{directory} holds a {metadata.get('kind')}, but a {kind} is needed")
+    if metadata["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{directory} has format {metadata['format_version']}; this vgpt_jax reads up to {FORMAT_VERSION}: update it"
+        )
+    return metadata
+
+
+def load_model(
+    directory: Path, kind: str, sharding: jax.sharding.Sharding | None = None
+) -> tuple[nnx.Module, dict[str, Any]]:
+    """Reads a model back: the module with its weights, and its metadata.
+
+    Args:
+      directory: where `save_model` wrote.
+      kind: a key of `KINDS`.
+      sharding: of all weights. None: on the first device.
+
+    Raises:
+      UserError: as `read_metadata`, or the weights cannot be read or do not fit.
+    """
+    import orbax.checkpoint as ocp
+
+    metadata = read_metadata(directory, kind)
+    model = nnx.eval_shape(lambda: KINDS[kind](**metadata["arguments"], rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), nnx.to_pure_dict(state)
+    )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            weights = checkpointer.restore(Path(directory).absolute() / "weights", abstract)
+    except Exception as error:  # Orbax and tensorstore raise what they like for files that are not whole
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the weights in {directory} cannot be read: {reason}") from error
+    nnx.replace_by_pure_dict(state, weights)
+    return nnx.merge(graph, state), metadata
+
+
+def fingerprint(arguments: dict[str, Any], state: Any) -> str:
+    """Sixteen hexadecimal digits that differ where arguments or any bit of the weights differ."""
+    digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode())
+    for path, value in jax.tree.leaves_with_path(state):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(value).tobytes())
+    return digest.hexdigest()[:16]
