@@ -1,0 +1,285 @@
+"""The command lines as a user types them: what they write, and one clear line for what is wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vgpt_jax import evaluate, main, sample
+
+
+@pytest.fixture
+def run_main(monkeypatch):
+    """Runs ``vgpt_jax.main`` with arguments."""
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["main", *arguments])  # config_flags looks for overrides there
+        main.main(["main", *arguments])
+
+    return run
+
+
+def fails_with(capsys, run, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    return lines[-1]
+
+
+def test_sample_writes_gif_grid_and_scores(trained, tmp_path, capsys):
+    sample.main(
+        [
+            "--from_pretrained",
+            str(trained),
+            "--cls_name",
+            "smileys",
+            "flags",
+            "--accept_n",
+            "3",
+            "--temperature",
+            "1.3",
+            "--top_k",
+            "20",
+            "--top_p",
+            "0.9",
+            "--z_shape",
+            "4",
+            "4",
+            "--save_path",
+            str(tmp_path / "deep" / "out.gif"),
+        ]
+    )
+    record = json.loads((tmp_path / "deep" / "out.json").read_text())
+    assert [p["class"] for p in record["pictures"]] == ["Smileys & Emotion", "Flags"]
+    for picture in record["pictures"]:
+        assert picture["score"] == max(picture["candidate_scores"]) == picture["candidate_scores"][picture["chosen"]]
+        assert np.shape(picture["token_ids"]) == (4, 4)
+    with Image.open(tmp_path / "deep" / "out.gif") as gif:
+        assert gif.n_frames == 16  # one a token
+        assert gif.width > gif.height  # side by side
+    assert Image.open(tmp_path / "deep" / "out.png").width > 128
+    assert "best of 3" in capsys.readouterr().out
+
+
+def test_the_same_line_writes_the_same_files(trained, tmp_path):
+    for name in ("a", "b"):
+        sample.main(
+            [
+                "--from_pretrained",
+                str(trained),
+                "--cls_name",
+                "flags",
+                "--accept_n",
+                "2",
+                "--save_path",
+                str(tmp_path / f"{name}.gif"),
+            ]
+        )
+    for suffix in (".gif", ".png", ".json"):
+        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+def test_a_path_that_cannot_be_written_is_found_out_before_drawing(trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sample, "ClassConditionedRejectionSampler", None)  # drawing would fail otherwise
+    arguments = ["--from_pretrained", str(trained), "--cls_name", "flags", "--save_path", f"{tmp_path}/file/out.gif"]
+    assert "cannot be written" in fails_with(capsys, lambda *a: sample.main(list(a)), *arguments)
+
+
+def test_both_views_stand_one_above_the_other(trained, tmp_path):
+    heights = {}
+    for view in ("decoding", "patches", "both"):
+        path = tmp_path / f"{view}.gif"
+        sample.main(
+            [
+                "--from_pretrained",
+                str(trained),
+                "--cls_name",
+                "flags",
+                "--accept_n",
+                "1",
+                "--view",
+                view,
+                "--save_path",
+                str(path),
+            ]
+        )
+        heights[view] = Image.open(path).height
+    assert heights["both"] == heights["decoding"] + heights["patches"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--cls_name", "dragons"], "there is no class 'dragons'"),
+        (["--cls_name", "a"], "fits"),
+        (["--cls_name", "flags", "--top_k", "33"], "top_k is 33"),
+        (["--cls_name", "flags", "--top_k", "many"], "--top_k"),
+        (["--cls_name", "flags", "--temperature", "0"], "temperature is 0"),
+        (["--cls_name", "flags", "--z_shape", "16", "16"], "--z_shape is (16, 16)"),
+        (["--cls_name", "flags", "--save_path", "out.mp4"], "must end in .gif"),
+        (["--cls_name", "flags", "--accept_n", "0"], "accept_n 0"),
+        (["--cls_name", "flags", "--seed", "-1"], "seed is -1"),
+        (["--cls_name", "flags", "--colour", "red"], "--colour"),
+        ([], "--cls_name"),
+    ],
+)
+def test_sample_says_what_is_wrong(trained, capsys, arguments, named):
+    assert named in fails_with(capsys, lambda *a: sample.main(list(a)), "--from_pretrained", str(trained), *arguments)
+
+
+def test_evaluate_writes_figures_and_pictures_that_agree_with_the_cache(trained, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    evaluate.main(["--workdir", str(workdir), "--num", "2", "--accept_n", "2"])
+    figures = json.loads((workdir / "evaluation" / "metrics.json").read_text())
+    for part in ("held_out", "training"):
+        ids = np.load(workdir / "token_cache" / f"{part}.npz")["token_ids"].ravel()
+        share = np.bincount(ids, minlength=32) / len(ids)
+        by_hand = np.exp(-sum(p * np.log(p) for p in share if p > 0))
+        assert figures[f"tokenizer/{part}_code_use"] == pytest.approx(np.mean(share > 0))
+        assert figures[f"tokenizer/{part}_perplexity"] == pytest.approx(by_hand)
+    assert figures["sampling/score_of_best"] >= figures["sampling/score_of_one"]
+    last = [json.loads(line) for line in (workdir / "tokenizer" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert figures["tokenizer/psnr_db"] == pytest.approx(last["held_out/psnr"], abs=1e-3)
+    for picture in ("reconstructions", "samples", "curves"):
+        assert Image.open(workdir / "evaluation" / f"{picture}.png").width > 100
+    assert (workdir / "evaluation" / "table.md").read_text().strip() in capsys.readouterr().out
+
+
+def test_evaluate_of_no_workdir_is_one_line(tmp_path, capsys):
+    assert "not a workdir" in fails_with(capsys, lambda *a: evaluate.main(list(a)), "--workdir", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "--config is needed"),
+        (["--config=configs/emoji.py"], "--workdir is needed"),
+        (["--config=configs/none.py", "--workdir=x"], "there is no such file"),
+        (["--config=configs/emoji.py", "--workdir=x", "--config.gpt.d_modle=3"], "did you mean 'gpt.d_model'"),
+        (["--config=configs/emoji.py", "--workdir=x", "--config.gtp.d_model=3"], "'gpt.d_model'"),
+        (["--config=configs/emoji.py", "--workdir=x", "--config.gpt.d_model=wide"], "gpt.d_model"),
+        (["--config=configs/emoji.py", "--workdir=x", "--config.data.flip=3.5"], "data.flip"),
+        (["--config=configs/emoji.py", "--workdir=x", "--wrkdir=y"], "did you mean 'workdir'"),
+        (["--config=configs/emoji.py", "--workdir=x", "config.gpt.d_model=3"], "did you mean --config.gpt.d_model=3"),
+        (["--config=configs/emoji.py", "--workdir=x", "--config.stages=tokenizr"], "an entry of stages is 'tokenizr'"),
+    ],
+)
+def test_main_says_what_is_wrong(run_main, capsys, tmp_path, monkeypatch, arguments, named):
+    arguments = [a.replace("--workdir=x", f"--workdir={tmp_path}/x") for a in arguments]
+    assert named in fails_with(capsys, run_main, *arguments)
+    assert not (tmp_path / "x").exists()  # nothing is left behind
+
+
+@pytest.fixture
+def tiny_arguments(tiny_overrides):
+    return [f"--config.{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in tiny_overrides.items()]
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("--config.data.name=dogs", "data.name is 'dogs'"),
+        ("--config.data.name=image_folder", "data.folder"),
+        ("--config.data.emoji_label=colour", "emoji_label"),
+        ("--config.data.crop=left", "data.crop"),
+        ("--config.tokenizer.architecture=vqvan", "tokenizer.architecture"),
+        ("--config.tokenizer_training.reconstruction=l3", "reconstruction"),
+        ("--config.vector_quantize.init_method=random", "init_method"),
+        ("--config.vqvae.num_downsamplings=5", "cannot be halved"),
+        ("--config.tokenizer_training.batch_size=0", "batch_size is 0"),
+        ("--config.gpt.d_model=0", "gpt.d_model is 0"),
+        ("--config.gpt.num_heads=-1", "gpt.num_heads is -1"),
+        ("--config.gpt.residual_dropout=2.0", "gpt.residual_dropout is 2.0"),
+        ("--config.vqvae.ch=0", "vqvae.ch is 0"),
+        ("--config.classifier.widths=0,8", "classifier.widths is 0"),
+        ("--config.classifier.widths=4,4,4,4,4", "too many for images"),
+        ("--config.generator_training.optimizer.learning_rate=-1.0", "learning_rate is -1"),
+        ("--config.generator_training.unconditional_share=1.5", "unconditional_share is 1.5"),
+        ("--config.classifier_training.num_steps=0", "num_steps is 0"),
+        ("--config.sampling.top_k=33", "top_k is 33"),
+        ("--config.logging.log_every=0", "logging.log_every is 0"),
+        ("--config.logging.keep_checkpoints=0", "logging.keep_checkpoints is 0"),
+        ("--config.seed=-1", "seed is -1"),
+        ("--config.data.image_size=8", "data.image_size is 8"),
+        ("--config.data.held_out_percent=0", "held_out_percent is 0"),
+    ],
+)
+def test_a_config_that_cannot_be_built_is_one_line(run_main, capsys, tmp_path, tiny_arguments, argument, named):
+    assert named in fails_with(
+        capsys, run_main, "--config=configs/emoji.py", f"--workdir={tmp_path}/x", *tiny_arguments, argument
+    )
+    assert not (tmp_path / "x").exists()  # found out before anything is trained or claimed
+
+
+def test_a_missing_model_to_start_from_is_one_line(run_main, capsys, tmp_path, tiny_arguments):
+    start = ["--config=configs/emoji.py", f"--workdir={tmp_path}/x", *tiny_arguments]
+    message = fails_with(capsys, run_main, *start, "--config.tokenizer_training.init_from=/nowhere")
+    assert "there is no trained tokenizer in /nowhere" in message
+
+
+def test_help_says_how_it_is_used(run_main, capsys):
+    run_main("--help")
+    assert "python -m vgpt_jax.main --config=configs/emoji.py" in capsys.readouterr().out
+
+
+def test_a_config_that_does_not_run_is_one_line(run_main, capsys, tmp_path):
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    assert "SyntaxError" in fails_with(capsys, run_main, f"--config={tmp_path}/broken.py", f"--workdir={tmp_path}/x")
+
+
+def test_sampling_loads_neither_tensorflow_nor_torch(trained, tmp_path):
+    check = (
+        "import sys; from vgpt_jax import sample; "
+        f"sample.main(['--from_pretrained', {str(trained)!r}, '--cls_name', 'flags', '--accept_n', '2', "
+        f"'--save_path', {str(tmp_path / 'out.gif')!r}]); "
+        "assert not {'tensorflow', 'torch', 'matplotlib', 'clu'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parents[1], check=True)
+
+
+def test_a_workdir_of_another_config_is_refused_and_logging_may_change(run_main, capsys, trained, tiny_arguments):
+    start = ["--config=configs/emoji.py", f"--workdir={trained}", *tiny_arguments]
+    message = fails_with(capsys, run_main, *start, "--config.gpt.d_model=64")
+    assert "gpt.d_model (32 there, 64 here)" in message
+    run_main(*start, "--config.logging.log_every=7")
+    assert capsys.readouterr().out.count("finished before") == 3
+
+
+def test_a_tokenizer_that_does_not_fit_the_token_cache_is_refused(run_main, capsys, trained, tmp_path, tiny_arguments):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    shutil.rmtree(workdir / "generator")
+    metadata = workdir / "token_cache" / "metadata.json"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"fingerprint": "0" * 16}))
+    message = fails_with(capsys, run_main, "--config=configs/emoji.py", f"--workdir={workdir}", *tiny_arguments)
+    assert "was written by tokenizer 0000000000000000" in message
+
+
+def test_a_folder_of_pictures_is_trained_on_like_the_emoji(run_main, capsys, tmp_path, tiny_arguments):
+    rng = np.random.default_rng(0)
+    for name, colour in (("reds", (200, 30, 30)), ("blues", (30, 30, 200))):
+        for i in range(20):
+            pixels = np.clip(np.array(colour) + rng.integers(-30, 30, (24 + i, 30, 3)), 0, 255).astype(np.uint8)
+            (tmp_path / "pictures" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.{('png', 'jpg', 'webp')[i % 3]}")
+    (tmp_path / "pictures" / "reds" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    start = [
+        "--config=configs/emoji.py", f"--workdir={tmp_path}/run", *tiny_arguments, "--config.data.name=image_folder",
+        f"--config.data.folder={tmp_path}/pictures", "--config.data.held_out_percent=30",
+    ]  # fmt: skip
+    assert "broken.jpg" in fails_with(capsys, run_main, *start)
+    run_main(*start, "--config.data.on_corrupt=skip")  # in the same workdir: what was refused has left nothing there
+    assert "skipped 1 of 41 pictures" in capsys.readouterr().err
+    sample.main(
+        ["--from_pretrained", f"{tmp_path}/run", "--cls_name", "red", "blue", "--save_path", f"{tmp_path}/out.gif"]
+    )
+    assert [p["class"] for p in json.loads((tmp_path / "out.json").read_text())["pictures"]] == ["reds", "blues"]

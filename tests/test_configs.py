@@ -1,0 +1,113 @@
+"""Every config builds its models, optimizers and train steps abstractly, without allocating a weight."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from vgpt_jax.models.classifier import ConvClassifier
+from vgpt_jax.models.gpt import GPT
+from vgpt_jax.models.tokenizer import Tokenizer
+from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
+from vgpt_jax.training.from_config import abstract_tokenizer, classifier_arguments, gpt_arguments, tokenizer_arguments
+from vgpt_jax.training.optimizer import make_optimizer
+from vgpt_jax.training.state import create_state
+
+CONFIGS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
+
+
+def get_config(name: str):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def abstract_step(build, training, make_train_step, batch):
+    """Shapes of the state before and after a step, and of its metrics."""
+    optimizer = make_optimizer(num_steps=training.num_steps, **training.optimizer)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    before = jax.eval_shape(lambda: create_state(build(nnx.Rngs(0)), optimizer, 0)[1])
+    after, metrics = jax.eval_shape(make_train_step(graph, optimizer), before, batch)
+    return before, after, metrics
+
+
+def image_batch(config, batch_size):
+    size = config.data.image_size
+    return {
+        "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.float32),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_tokenizer_builds_and_steps(name):
+    config = get_config(name)
+    training, arguments = config.tokenizer_training, tokenizer_arguments(config)
+    before, after, metrics = abstract_step(
+        lambda rngs: Tokenizer(**arguments, rngs=rngs),
+        training,
+        lambda graph, optimizer: tokenizer_stage.make_train_step(graph, optimizer, training.reconstruction),
+        image_batch(config, training.batch_size),
+    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
+    assert {"loss", "reconstruction", "commitment", "codebook"} <= set(metrics)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_generator_builds_and_steps(name):
+    config = get_config(name)
+    training = config.generator_training
+    tokenizer = abstract_tokenizer(config)
+    num_tokens = tokenizer.grid[0] * tokenizer.grid[1]
+    arguments = gpt_arguments(config, tokenizer, 120)
+    batch = {
+        "token_ids": jax.ShapeDtypeStruct((training.batch_size, num_tokens), jnp.int32),
+        "label": jax.ShapeDtypeStruct((training.batch_size,), jnp.int32),
+    }
+    before, after, metrics = abstract_step(
+        lambda rngs: GPT(**arguments, rngs=rngs),
+        training,
+        lambda graph, optimizer: generator_stage.make_train_step(graph, optimizer, training.unconditional_share),
+        batch,
+    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
+    assert set(metrics) == {"nats_per_token", "gradient_norm"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_classifier_builds_and_steps(name):
+    config = get_config(name)
+    training, arguments = config.classifier_training, classifier_arguments(config, num_classes=120)
+    before, after, _ = abstract_step(
+        lambda rngs: ConvClassifier(**arguments, rngs=rngs),
+        training,
+        lambda graph, optimizer: classifier_stage.make_train_step(graph, optimizer, training.label_smoothing),
+        image_batch(config, training.batch_size),
+    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
+
+
+def test_stanford_dogs_is_as_published():
+    config = get_config("stfdogs")
+    tokenizer = abstract_tokenizer(config)
+    assert tokenizer.grid == (8, 8)  # 128 px at f16
+    assert tokenizer.quantizer.codebook.shape == (4096, 12)
+    assert tokenizer.encoder.downsampling == 16
+    assert [len(level.attentions) for level in tokenizer.encoder.levels] == [0, 0, 0, 0, 2]
+    arguments = gpt_arguments(config, tokenizer, 120)
+    gpt = nnx.eval_shape(lambda: GPT(**arguments, rngs=nnx.Rngs(0)))
+    assert gpt.vocab_size == 4096 + 120 + 2
+    assert (len(gpt.blocks), gpt.d_model, gpt.num_heads) == (12, 768, 12)
+
+
+@pytest.mark.parametrize("name", [c for c in CONFIGS if c != "default"])
+def test_a_config_has_the_fields_of_default_and_no_other(name):
+    def fields(config, prefix=""):
+        return {
+            f
+            for key in config
+            for f in (fields(config[key], f"{prefix}{key}.") if hasattr(config[key], "items") else {prefix + key})
+        }
+
+    assert fields(get_config(name)) == fields(get_config("default"))
