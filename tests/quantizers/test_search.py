@@ -4,10 +4,12 @@ import numpy as np
 import optax
 import pytest
 
-from vgpt_jax.quantizers.search import l2_normalize, squared_distances, uniformity_penalty
+from vgpt_jax.quantizers.search import l2_normalize, orthogonality_loss, squared_distances, uniformity_penalty
 
 PENALTY = jax.jit(lambda z, codes: uniformity_penalty(squared_distances(z, codes), 0.05))
 PENALTY_GRADIENTS = jax.jit(jax.grad(lambda z, codes: uniformity_penalty(squared_distances(z, codes), 0.05), (0, 1)))
+ORTHOGONALITY = jax.jit(orthogonality_loss)
+ORTHOGONALITY_GRADIENT = jax.jit(jax.grad(orthogonality_loss))
 
 
 def numpy_penalty(distances, temperature):
@@ -142,3 +144,53 @@ def test_minimising_the_penalty_revives_a_collapsed_codebook():
     for _ in range(150):
         params, opt_state = step(params, opt_state)
     assert hard_entropy(**params) > 1.0
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (3, 8), (20, 5)], ids=str)
+def test_orthogonality_is_over_all_pairs(shape):
+    codes = np.random.default_rng(0).normal(size=shape)
+    unit = codes / np.linalg.norm(codes, axis=1, keepdims=True)
+    squares = [np.dot(unit[i], unit[j]) ** 2 for i in range(shape[0]) for j in range(shape[0]) if i != j]
+    loss = ORTHOGONALITY(codes.astype(np.float32))
+    np.testing.assert_allclose(loss, np.sum(squares) / shape[0] ** 2, rtol=1e-5)
+    assert loss.dtype == jnp.float32
+
+
+ANGLES = 2.0 * np.pi * np.arange(12) / 12
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        (np.eye(4, 6) * np.array([[1.0], [-20.0], [0.1], [3.0]]), 0.0),
+        (np.tile([[1.0, 2.0, 3.0]], (5, 1)), 1.0 - 1.0 / 5.0),
+        (np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1), 1.0 / 2.0 - 1.0 / 12.0),
+    ],
+    ids=["orthogonal", "all alike", "spread as far as can be"],
+)
+def test_orthogonality_of_special_codebooks(codes, expected):
+    np.testing.assert_allclose(ORTHOGONALITY(codes.astype(np.float32)), expected, atol=1e-6)
+
+
+def test_orthogonality_does_not_change_with_norms_and_its_gradient_is_across():
+    codes = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    scales = np.linspace(0.1, 30.0, 9, dtype=np.float32)[:, None]
+    np.testing.assert_allclose(ORTHOGONALITY(codes * scales), ORTHOGONALITY(codes), rtol=1e-5)
+    gradient = ORTHOGONALITY_GRADIENT(codes)
+    assert (np.abs(gradient).max(axis=1) > 1e-4).all()
+    np.testing.assert_allclose(np.sum(gradient * codes, axis=1), 0.0, atol=1e-6)
+
+
+def test_orthogonality_has_a_finite_gradient_at_a_zero_code():
+    codes = jnp.array([[0.0, 0.0, 0.0], [1.0, 2.0, 2.0], [1.0, 0.0, 0.0]])
+    np.testing.assert_allclose(ORTHOGONALITY(codes), (2.0 + 2.0 / 9.0) / 9.0 - 1.0 / 3.0, rtol=1e-5)
+    assert np.isfinite(ORTHOGONALITY_GRADIENT(codes)).all()
+
+
+def test_minimising_orthogonality_makes_codes_orthogonal():
+    codes = 1.0 + np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)  # in about one direction
+    assert ORTHOGONALITY(codes) > 0.1
+    for _ in range(200):
+        codes = codes - 3.0 * ORTHOGONALITY_GRADIENT(codes)
+    unit = codes / np.linalg.norm(codes, axis=1, keepdims=True)
+    np.testing.assert_allclose(unit @ unit.T, np.eye(4), atol=1e-2)

@@ -32,9 +32,23 @@ OPTIONS = {
     "latent_random": {"init_method": "latent_random"},
     "fixed": {"init_method": "fixed"},
 }
+LATER = {  # alone, and with what a recipe would always have on
+    "l2_norm": {"l2_norm": True},
+    "ema": {"learning": "ema"},
+    "alternating": {"learning": "alternating"},
+    "kmeans": {"init_method": "kmeans"},
+    "rotation": {"estimator": "rotation"},
+    "sync_nu": {"sync_nu": 0.5},
+    "learned_affine": {"affine": "learned"},
+    "statistics_affine": {"affine": "statistics"},
+    "entropy_weight": {"entropy_weight": 0.1, "entropy_temperature": 1.0},
+    "orthogonality_weight": {"orthogonality_weight": 0.1},
+}
 COMBINATIONS = [(name,) for name in OPTIONS] + [
     pair for pair in combinations(OPTIONS, 2) if len({key for name in pair for key in OPTIONS[name]}) == 2
 ]
+COMBINATIONS += [(name,) for name in LATER] + [(name, "replace_freq", "pretrain_steps") for name in LATER]
+OPTIONS |= LATER
 
 
 @pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)

@@ -1,4 +1,4 @@
-"""The search for the nearest code, and the loss that spreads latents over the codes. Pure functions, float32."""
+"""The search for the nearest code, and the losses that spread latents and codes. Pure functions, float32."""
 
 import jax
 import jax.numpy as jnp
@@ -39,3 +39,17 @@ def uniformity_penalty(distances: Array, temperature: float) -> Array:
     usage = jnp.mean(assignment, axis=0)  # [K]
     entropy = -jnp.sum(usage * jnp.log(jnp.maximum(usage, 1e-30)))
     return jnp.log(jnp.float32(distances.shape[-1])) - entropy
+
+
+def orthogonality_loss(codes: Array) -> Array:
+    """Mean squared cosine of all pairs of codes ``[K, D]``, less ``1 / K`` for each code with itself; 0: all orthogonal.
+
+    With more codes than dimensions its least value is ``1 / D - 1 / K``. The sum over pairs ``|C C^T|^2`` is computed as
+    ``|C^T C|^2``, which takes ``D^2`` memory instead of ``K^2``.
+
+    Reference: Shin et al. 2021, arXiv 2112.00384, eq. 2.
+    """
+    num_codes = codes.shape[0]
+    unit = l2_normalize(codes)
+    gram = jnp.einsum("kd,ke->de", unit, unit, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(gram**2) / num_codes**2 - 1.0 / num_codes

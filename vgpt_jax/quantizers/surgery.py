@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from vgpt_jax.quantizers.search import l2_normalize, squared_distances
+
 
 def init_from_latents(key: Array, codes: Array, latents: Array, *, when: Array) -> Array:
     """Draws every code from the batch's latents, if ``when``.
@@ -63,6 +65,78 @@ def replace_stale(
     fresh = add_relative_noise(noise_key, latents[chosen], noise)
     stale = countdown <= 0
     return jnp.where(stale[:, None], fresh, codes), jnp.where(stale, replace_freq, countdown)
+
+
+def assigned_means(latents: Array, token_ids: Array, num_codes: int) -> tuple[Array, Array]:
+    """How many latents each code has, ``[K]`` float32, and their mean, ``[K, D]``; 0 where there are none.
+
+    Args:
+      latents: ``[M, D]`` float32.
+      token_ids: ``[M]`` int32.
+      num_codes: K.
+    """
+    counts = jnp.zeros(num_codes).at[token_ids].add(1.0)
+    sums = jnp.zeros((num_codes, latents.shape[-1])).at[token_ids].add(latents)
+    return counts, sums / jnp.maximum(counts, 1.0)[:, None]
+
+
+def step_to_means(codes: Array, latents: Array, token_ids: Array, *, rate: float) -> tuple[Array, Array]:
+    """Moves every code that has latents towards their mean by ``rate`` of the way; 1 is a step of Lloyd's k-means.
+
+    That is gradient descent on ``sum |z - c|^2 / 2`` with each code's step divided by the number of its latents.
+
+    Returns:
+      Codes ``[K, D]`` and the number of latents of each, ``[K]`` float32.
+    """
+    counts, means = assigned_means(latents, token_ids, codes.shape[0])
+    return jnp.where((counts > 0)[:, None], codes + rate * (means - codes), codes), counts
+
+
+def kmeans(means: Array, latents: Array, *, iterations: int, spherical: bool = False) -> tuple[Array, Array]:
+    """Lloyd's k-means from given means. A cluster without latents keeps its mean.
+
+    Args:
+      means: ``[K, D]`` float32, where it starts.
+      latents: ``[M, D]`` float32.
+      iterations: how often means are moved, at least 1.
+      spherical: means are divided by their norms after every move; for latents on the unit sphere.
+
+    Returns:
+      Means ``[K, D]``, and how many latents each had in the last iteration, ``[K]`` float32.
+    """
+    counts = jnp.zeros(means.shape[0])
+    for _ in range(iterations):
+        token_ids = jnp.argmin(squared_distances(latents, means), axis=-1)
+        means, counts = step_to_means(means, latents, token_ids, rate=1.0)
+        if spherical:
+            means = jnp.where((counts > 0)[:, None], l2_normalize(means), means)
+    return means, counts
+
+
+def ema_update(
+    counts: Array, sums: Array, latents: Array, token_ids: Array, *, decay: float, epsilon: float
+) -> tuple[Array, Array, Array]:
+    """One step of a codebook that is the moving average of its latents.
+
+    Args:
+      counts: ``[K]`` float32, moving average of how many latents each code has a step.
+      sums: ``[K, D]`` float32, moving average of their sums.
+      latents: ``[M, D]`` float32.
+      token_ids: ``[M]`` int32.
+      decay: of both averages.
+      epsilon: Laplace smoothing: what is added to each count, whose total stays as it is.
+
+    Returns:
+      Codes ``[K, D]``, counts and sums.
+
+    Reference: van den Oord et al. 2017, arXiv 1711.00937, appendix A.1; smoothing as in Razavi et al. 2019, arXiv 1906.00446.
+    """
+    batch_counts, batch_means = assigned_means(latents, token_ids, counts.shape[0])
+    counts = decay * counts + (1.0 - decay) * batch_counts
+    sums = decay * sums + (1.0 - decay) * batch_means * batch_counts[:, None]
+    total = jnp.sum(counts)
+    smoothed = (counts + epsilon) / (total + counts.shape[0] * epsilon) * total
+    return sums / smoothed[:, None], counts, sums
 
 
 def add_relative_noise(key: Array, vectors: Array, fraction: float) -> Array:
