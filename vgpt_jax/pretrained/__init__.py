@@ -1,0 +1,1 @@
+"""Weights that others trained: readers of their files, a table for each format, one strict loader."""
