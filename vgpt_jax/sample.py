@@ -76,13 +76,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def animation(model: CondVisualGPT, samples: RankedSamples, view: str, max_frames: int = 64) -> np.ndarray:
     """Frames ``[F, H', W', 3]`` uint8 of the decoding, pictures side by side, at most eight in a row."""
     grid = model.tokenizer.grid
-    counts = frame_counts(grid[0] * grid[1], max_frames)
+    counts = frame_counts(model.tokenizer.num_tokens, max_frames)
     finished = to_uint8(samples.images, (0, 1))
     rows = []
     if view in ("decoding", "both"):
         rows.append(to_uint8(decode_so_far(model, samples.token_ids, counts), (0, 1)))
     if view in ("patches", "both"):
-        rows.append(patch_reveal(finished, grid, counts))
+        written = counts * (grid[0] * grid[1]) // model.tokenizer.num_tokens  # positions whose tokens are all there
+        rows.append(patch_reveal(finished, grid, written))
     columns = min(8, len(finished))
     scale = scale_for(finished.shape[1])
     return np.stack(

@@ -26,7 +26,7 @@ def encode(images):
 def write(directory, encode=encode, num_codes=256, **options):
     # The value range of uint8 makes the ids readable off the pictures.
     transform = ImageTransform(image_size=4, crop="random", flip=True, value_range=(0.0, 255.0))
-    arguments = {"batch_size": 2, "grid": (2, 2), "fingerprint": "abc"} | options
+    arguments = {"batch_size": 2, "token_shape": (2, 2), "fingerprint": "abc"} | options
     write_token_cache(directory, encode, TRAINING, HELD_OUT, transform, num_codes=num_codes, **arguments)
 
 

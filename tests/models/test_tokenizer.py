@@ -132,14 +132,14 @@ def test_the_quantizers_loss_sends_gradients_to_encoder_and_codes_only():
 
 def test_encoder_and_decoder_drop_independently(monkeypatch):
     keys = {}
-    for network in (VQGANEncoder, VQGANDecoder):
-        call = network.__call__
+    for network, method in ((VQGANEncoder, "__call__"), (VQGANDecoder, "features")):
+        call = getattr(network, method)
 
         def spy(self, x, dropout_key=None, call=call):
             keys[type(self)] = dropout_key
             return call(self, x, dropout_key)
 
-        monkeypatch.setattr(network, "__call__", spy)
+        monkeypatch.setattr(network, method, spy)
     tokenizer = make(VQGAN)
 
     def call(images, key):
@@ -160,6 +160,22 @@ def test_bfloat16_quantizes_in_float32():
 
 
 @pytest.mark.parametrize("base", [VQVAE, VQGAN], ids=["vqvae", "vqgan"])
+def test_token_ids_are_those_of_float32_whatever_the_compute_dtype(base):
+    images = images_for(base)
+    low, high = make(base | {"dtype": "bfloat16"}), make(base)
+    np.testing.assert_array_equal(low.encode(images), high.encode(images))
+    assert low.encoder.conv_out.dtype == jnp.bfloat16  # encoding leaves the tokenizer as it was
+    assert (np.asarray(low(images).quantized.z_e) != np.asarray(high(images).quantized.z_e)).any()
+
+
+@pytest.mark.parametrize("base", [VQVAE, VQGAN], ids=["vqvae", "vqgan"])
+def test_the_last_layer_makes_the_image_of_the_features(base):
+    tokenizer, images = make(base), images_for(base)
+    output = tokenizer(images)
+    np.testing.assert_allclose(tokenizer.decoder.last_layer(output.features), output.reconstruction, atol=1e-6)
+
+
+@pytest.mark.parametrize("base", [VQVAE, VQGAN], ids=["vqvae", "vqgan"])
 def test_z_channels_may_be_left_to_the_architecture(base):
     arguments = {name: value for name, value in base["architecture_args"].items() if name != "z_channels"}
     tokenizer = nnx.eval_shape(lambda: create(base | {"architecture_args": arguments}))
@@ -176,7 +192,7 @@ def test_without_code_factorization_the_widths_must_be_equal():
 
 @pytest.mark.parametrize(
     ("field", "choices"),
-    [("architecture", "vqgan, vqvae"), ("quantizer", "vector_quantize"), ("dtype", "bfloat16, float32")],
+    [("architecture", "vqgan, vqvae"), ("quantizer", "bsq, diveq, fsq"), ("dtype", "bfloat16, float32")],
 )
 def test_unknown_names_list_the_choices(field, choices):
     with pytest.raises(UserError, match=rf"tokenizer\.{field} is 'nonesuch', but must be one of {choices}"):

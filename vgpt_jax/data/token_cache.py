@@ -2,7 +2,7 @@
 
 DIR/training.npz     token_ids [2, M, N] (as it is, and flipped), labels [M]
 DIR/held_out.npz     token_ids [1, M, N], labels [M]
-DIR/metadata.json    the tokenizer's fingerprint, the grid, K, the class names
+DIR/metadata.json    the tokenizer's fingerprint, the shape of a picture's tokens, K, the class names
 """
 
 import hashlib
@@ -59,18 +59,18 @@ def write_token_cache(
     *,
     batch_size: int,
     num_codes: int,
-    grid: tuple[int, int],
+    token_shape: tuple[int, ...],
     fingerprint: str,
 ) -> None:
     """Runs the tokenizer over both parts of a data set and writes the cache, whole or not at all.
 
     Args:
       directory: the folder to be.
-      encode: images ``[B, S, S, 3]`` float32 to ids ``[B, h, w]``.
+      encode: images ``[B, S, S, 3]`` float32 to ids ``[B, *token_shape]``.
       training, held_out: the sources. The training part is written as it is and flipped, the held-out one as it is.
       transform: whose evaluation form (centre crop) is applied.
       batch_size: pictures given to ``encode`` at once.
-      num_codes, grid, fingerprint: of the tokenizer.
+      num_codes, token_shape, fingerprint: of the tokenizer.
     """
     directory = Path(directory)
     unfinished = directory.with_name(directory.name + ".unfinished")
@@ -94,7 +94,7 @@ def write_token_cache(
     metadata = {
         "fingerprint": fingerprint,
         "num_codes": num_codes,
-        "grid": list(grid),
+        "token_shape": list(token_shape),
         "class_names": list(training.class_names),
     }
     (unfinished / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -17,3 +18,12 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     dropped = min(round(256 * rate), 255)
     kept = jax.random.bits(key, x.shape, jnp.uint8) >= dropped
     return jnp.where(kept, x * (256 / (256 - dropped)), 0).astype(x.dtype)
+
+
+def in_float32(module: nnx.Module) -> nnx.Module:
+    """A copy of a module whose layers compute in float32, with the same parameters."""
+    copy = nnx.clone(module)
+    for _, layer in nnx.iter_modules(copy):
+        if hasattr(layer, "dtype"):
+            layer.dtype = jnp.float32
+    return copy

@@ -1,5 +1,6 @@
 """The tokenizer: an encoder, a quantizer and a decoder, with the linear maps of code factorization between them."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ from flax import nnx, struct
 from jax import Array
 
 from vgpt_jax.errors import UserError, choose
-from vgpt_jax.models.layers import DTYPES
+from vgpt_jax.models.layers import DTYPES, in_float32
 from vgpt_jax.models.vqgan import VQGANDecoder, VQGANEncoder
 from vgpt_jax.models.vqvae import VQVAEDecoder, VQVAEEncoder
 from vgpt_jax.quantizers import QUANTIZERS, QuantizerOutput
@@ -18,10 +19,17 @@ ARCHITECTURES = {"vqgan": (VQGANEncoder, VQGANDecoder), "vqvae": (VQVAEEncoder, 
 
 @struct.dataclass
 class TokenizerOutput:
-    """Attributes: ``reconstruction`` ``[B, H, W, 3]`` float32, not clipped; ``quantized`` with ids ``[B, h, w]``."""
+    """What a forward pass gives.
+
+    Attributes:
+      reconstruction: ``[B, H, W, 3]`` float32, not clipped.
+      quantized: with ids ``[B, *token_shape]``.
+      features: what the decoder's last layer made the reconstruction of.
+    """
 
     reconstruction: Array
     quantized: QuantizerOutput
+    features: Array
 
 
 class Tokenizer(nnx.Module):
@@ -31,11 +39,12 @@ class Tokenizer(nnx.Module):
       image_size: H and W in pixels.
       architecture: "vqgan" or "vqvae": which encoder and decoder.
       architecture_args: their arguments, the same for both (``VQGANEncoder``, ``VQVAEEncoder``).
-      quantizer: "vector_quantize".
-      quantizer_args: its arguments (``VectorQuantize``).
+      quantizer: a name in ``QUANTIZERS``.
+      quantizer_args: its arguments.
       code_factorization: bias-free linear maps from the latents' channels to the codes' width and back (arXiv
         2110.04627, section 3.2). Without it the two must be equal.
-      dtype: "float32" or "bfloat16", of encoder and decoder; the quantizer is float32 always.
+      dtype: "float32" or "bfloat16", of encoder and decoder in `__call__`; parameters, the quantizer and `encode` are
+        float32 always.
       rngs: ``params``.
 
     Raises:
@@ -79,26 +88,50 @@ class Tokenizer(nnx.Module):
         """K."""
         return self.quantizer.num_codewords
 
-    def __call__(self, images: Array, dropout_key: Array | None = None) -> TokenizerOutput:
-        """Reconstructs images ``[B, H, W, 3]``, float32 in the value range that they are trained in."""
-        encoder_key, decoder_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        quantized = self.quantizer(self.latents(images, encoder_key))
-        return TokenizerOutput(self.decode_latents(quantized.z_q, decoder_key), quantized)
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """The shape of the token ids of one picture: ``(h, w)``, or what a composed quantizer makes of it."""
+        return self.quantizer.token_shape(self.grid)
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the token ids of a picture."""
+        return math.prod(self.token_shape)
+
+    def __call__(self, images: Array, key: Array | None = None) -> TokenizerOutput:
+        """Reconstructs images ``[B, H, W, 3]``, float32 in the value range that they are trained in.
+
+        Args:
+          images: the batch.
+          key: PRNG key of a training step, for dropout and for the quantizers that draw; None: neither.
+        """
+        encoder_key, quantizer_key, decoder_key = (None,) * 3 if key is None else jax.random.split(key, 3)
+        quantized = self.quantizer(self.latents(images, encoder_key), quantizer_key)
+        features = self.decoder.features(self._to_decoder(quantized.z_q), decoder_key)
+        return TokenizerOutput(self.decoder.last_layer(features).astype(jnp.float32), quantized, features)
 
     def latents(self, images: Array, dropout_key: Array | None = None) -> Array:
         """Images ``[B, H, W, 3]`` to what the quantizer is given, ``[B, h, w, D]`` float32."""
         z = self.encoder(images, dropout_key).astype(jnp.float32)
         return z if self.pre_quant is None else self.pre_quant(z)
 
-    def decode_latents(self, z_q: Array, dropout_key: Array | None = None) -> Array:
+    def decode_latents(self, z_q: Array) -> Array:
         """Quantized latents ``[B, h, w, D]`` to images ``[B, H, W, 3]`` float32, not clipped."""
-        z = z_q if self.post_quant is None else self.post_quant(z_q)
-        return self.decoder(z, dropout_key).astype(jnp.float32)
+        return self.decoder(self._to_decoder(z_q)).astype(jnp.float32)
 
     def encode(self, images: Array) -> Array:
-        """Images ``[B, H, W, 3]`` to token ids ``[B, h, w]`` int32."""
-        return self.quantizer.quantize(self.latents(images))
+        """Images ``[B, H, W, 3]`` to token ids ``[B, *token_shape]`` int32.
+
+        Always float32, at full precision whatever the device's default: in bfloat16 the latents are a part in a hundred
+        off, and those halfway between two codes change sides.
+        """
+        with jax.default_matmul_precision("float32"):
+            z = in_float32(self.encoder)(images)
+            return self.quantizer.quantize(z if self.pre_quant is None else self.pre_quant(z))
 
     def decode(self, token_ids: Array) -> Array:
-        """Token ids ``[B, h, w]`` int32 to images ``[B, H, W, 3]`` float32, not clipped."""
+        """Token ids ``[B, *token_shape]`` int32 to images ``[B, H, W, 3]`` float32, not clipped."""
         return self.decode_latents(self.quantizer.dequantize(token_ids))
+
+    def _to_decoder(self, z_q: Array) -> Array:
+        return z_q if self.post_quant is None else self.post_quant(z_q)

@@ -121,9 +121,18 @@ class VQVAEDecoder(nnx.Module):
 
     def __call__(self, latents: Array, dropout_key: Array | None = None) -> Array:
         """``[B, h, w, z_channels]`` to ``[B, H, W, 3]``, not clipped. ``dropout_key`` is not read."""
+        return self.last_layer(self.features(latents, dropout_key))
+
+    def features(self, latents: Array, dropout_key: Array | None = None) -> Array:
+        """What the last layer makes the image of: ``[B, h, w, z_channels]`` to ``[B, H/2, W/2, C]``."""
         x = self.conv_in(latents)
         for block in self.blocks:
             x = block(x)
-        for upsample in self.upsamples:
+        for upsample in list(self.upsamples)[:-1]:
             x = upsample(jax.nn.relu(x))
-        return x
+        return jax.nn.relu(x)
+
+    @property
+    def last_layer(self) -> nnx.Module:
+        """From `features` to the image; its kernel sets the adaptive weight of the adversarial loss."""
+        return self.upsamples[-1]

@@ -21,8 +21,8 @@ from vgpt_jax.training.saved_model import load_model
 
 @dataclass(frozen=True)
 class Samples:
-    """Attributes: ``images`` ``[M, H, W, 3]`` float32 in 0..1; ``token_ids`` ``[M, h, w]`` int32; ``labels`` ``[M]`` int32,
-    -1 where unconditional; ``scores`` ``[M]`` float32, the classifier's softmax score of the label, or None without one."""
+    """Attributes: ``images`` ``[M, H, W, 3]`` float32 in 0..1; ``token_ids`` ``[M, *token_shape]`` int32; ``labels`` ``[M]``
+    int32, -1 where unconditional; ``scores`` ``[M]`` float32, the classifier's softmax score of the label, None without one."""
 
     images: np.ndarray
     token_ids: np.ndarray
@@ -46,7 +46,7 @@ class CondVisualGPT:
     def __init__(self, tokenizer: Tokenizer, gpt: GPT, *, class_names: Sequence[str], value_range: Sequence[float]):
         for what, of_gpt, other in (
             ("codes", gpt.num_codes, tokenizer.num_codes),
-            ("tokens a picture", gpt.num_tokens, tokenizer.grid[0] * tokenizer.grid[1]),
+            ("tokens a picture", gpt.num_tokens, tokenizer.num_tokens),
             ("classes", gpt.num_classes, len(class_names)),
         ):
             if of_gpt != other:
@@ -151,7 +151,7 @@ def _draw(graph, state, labels: Array, indices: Array, seed: Array, value_range,
     conditions = jnp.where(labels < 0, gpt.begin_id, gpt.num_codes + labels)
     uniforms = sample_uniforms(seed, indices, gpt.num_tokens)
     token_ids = generate(gpt, conditions, uniforms, options["temperature"], options["top_p"], top_k=top_k)
-    token_ids = token_ids.reshape(-1, *tokenizer.grid)  # [B, h, w]
+    token_ids = token_ids.reshape(-1, *tokenizer.token_shape)
     low, high = value_range
     images = jnp.clip(tokenizer.decode(token_ids), low, high)
     scores = None

@@ -13,12 +13,12 @@ from vgpt_jax.sampling.generate import MAX_BATCH
 
 
 def decode_so_far(model: CondVisualGPT, token_ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Decodes each grid with only its first tokens; the latents of the rest are those of the mean code.
+    """Decodes each picture with only its first tokens; the rest counts as not written (`Quantizer.dequantize_written`).
 
     Args:
       model: whose tokenizer decodes.
-      token_ids: ``[M, h, w]`` int32.
-      counts: ``[F]``, how many tokens each frame has, in raster order.
+      token_ids: ``[M, *token_shape]`` int32.
+      counts: ``[F]``, how many tokens each frame has, in the order in which they are written.
 
     Returns:
       ``[F, M, H, W, 3]`` float32 in 0..1.
@@ -40,9 +40,7 @@ def decode_so_far(model: CondVisualGPT, token_ids: np.ndarray, counts: np.ndarra
 @functools.partial(jax.jit, static_argnames="graph")
 def _decode_first(graph, state, token_ids: Array, counts: Array, value_range) -> Array:
     tokenizer = nnx.merge(graph, state)
-    codes = tokenizer.quantizer.dequantize(token_ids)  # [B, h, w, D]
-    blank = jnp.mean(tokenizer.quantizer.dequantize(jnp.arange(tokenizer.num_codes)), axis=0)
     written = jnp.arange(token_ids[0].size)[None, :] < counts[:, None]
-    latents = jnp.where(written.reshape(*token_ids.shape, 1), codes, blank)
+    latents = tokenizer.quantizer.dequantize_written(token_ids, written.reshape(token_ids.shape))
     low, high = value_range
     return (jnp.clip(tokenizer.decode_latents(latents), low, high) - low) / (high - low)
