@@ -26,6 +26,9 @@ def optimizer(learning_rate: float) -> ConfigDict:
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of weights, data order, augmentation, dropout, codebook surgery
+    config.max_skipped_steps = (
+        20  # a step whose gradients are not finite is skipped; more than these in a row end the run
+    )
     config.stages = ("tokenizer", "generator", "classifier")  # trained in this order; finished ones are skipped
 
     config.data = ConfigDict(
@@ -48,9 +51,9 @@ def get_config() -> ConfigDict:
     config.tokenizer = ConfigDict(
         {
             "architecture": "vqgan",  # "vqgan" or "vqvae": which of the two sections below is read
-            "quantizer": "vector_quantize",
+            "quantizer": "vector_quantize",  # which of the sections of quantizers is read
             "code_factorization": True,  # linear maps between latents and codes of another width
-            "dtype": "float32",  # "bfloat16" on accelerators
+            "dtype": "float32",  # "bfloat16" on accelerators; parameters, losses and the quantizer are float32 always
         }
     )
     config.vqgan = ConfigDict(
@@ -87,6 +90,92 @@ def get_config() -> ConfigDict:
             "commitment_weight": 1.0,
             "codebook_weight": 1.0,
             "penalty_temperature": 0.05,
+            "l2_norm": False,  # codes and latents on the unit sphere throughout
+            "learning": "gradient",  # "gradient", "ema" or "alternating": how codes follow their latents
+            "ema_decay": 0.99,
+            "ema_epsilon": 1e-5,
+            "kmeans_iterations": 10,
+            "alternating_steps": 1,
+            "alternating_rate": 0.1,
+            "estimator": "straight_through",  # or "rotation"
+            "sync_nu": 0.0,
+            "affine": "none",  # "none", "learned" or "statistics"
+            "entropy_weight": 0.0,
+            "entropy_temperature": 0.01,
+            "orthogonality_weight": 0.0,
+        }
+    )
+    config.simvq = ConfigDict(
+        {
+            "num_codewords": 8192,
+            "embedding_dim": 64,
+            "commitment_weight": 0.25,
+            "codebook_weight": 1.0,
+            "estimator": "straight_through",  # or "rotation"
+        }
+    )
+    config.ibq = ConfigDict(
+        {
+            "num_codewords": 16384,
+            "embedding_dim": 256,
+            "index_weight": 1.0,
+            "codebook_weight": 1.0,
+            "commitment_weight": 0.25,
+            "entropy_weight": 0.05,
+            "entropy_temperature": 0.01,
+        }
+    )
+    config.diveq = ConfigDict(
+        {
+            "num_codewords": 1024,
+            "embedding_dim": 64,
+            "noise_variance": 0.001,
+            "init_method": "latent_random",  # or "kaiming"
+            "replace_freq": 100,
+            "replace_noise": 0.01,
+        }
+    )
+    config.fsq = ConfigDict({"levels": (8, 5, 5, 5)})  # of each dimension; K is their product
+    config.lfq = ConfigDict(
+        {
+            "num_bits": 10,  # the width of the latents; K is 2 to that power
+            "codebook_scale": 1.0,
+            "entropy_weight": 0.1,
+            "diversity_gamma": 1.0,
+            "commitment_weight": 0.25,
+            "inverse_temperature": 100.0,
+            "entropy_group_bits": 9,
+        }
+    )
+    config.bsq = ConfigDict(
+        {
+            "num_bits": 10,
+            "entropy_weight": 0.1,
+            "diversity_gamma": 1.0,
+            "commitment_weight": 0.0,
+            "inverse_temperature": 100.0,
+            "entropy_group_bits": 1,
+        }
+    )
+    # Composed quantizers: the section that ``quantizer`` names holds the arguments of what they are made of.
+    config.grouped_quantize = ConfigDict({"quantizer": "vector_quantize", "num_groups": 2, "shared_codebook": False})
+    config.residual_quantize = ConfigDict(
+        {
+            "quantizer": "vector_quantize",
+            "num_quantizers": 4,
+            "shared_codebook": False,
+            "quantizer_dropout": 0.0,
+            "depth_scale": 1.0,  # what each depth is divided by; below 1 for codes of a fixed size (FSQ, LFQ, BSQ)
+        }
+    )
+    config.multi_scale_quantize = ConfigDict(
+        {
+            "quantizer": "vector_quantize",
+            "scales": (1, 2, 3, 4, 5, 6, 8),  # sides of the grids of tokens; the last must be that of the latents
+            "phi_ratio": 0.5,
+            "num_phi": 4,
+            "commitment_weight": 0.25,
+            "codebook_weight": 1.0,
         }
     )
     config.tokenizer_training = ConfigDict(
@@ -94,8 +183,49 @@ def get_config() -> ConfigDict:
             "batch_size": 16,  # pictures a step, over all devices
             "num_steps": 150_000,
             "reconstruction": "l1",  # "l1" or "l2"
+            "ema_decay": 0.0,  # of the averaged weights, which are evaluated and saved; 0: the last ones are
             "init_from": "",  # folder of a trained tokenizer to start from
             "optimizer": optimizer(4.5e-6),
+        }
+    )
+    config.perceptual = ConfigDict(
+        {
+            "name": "efficientnet",  # "efficientnet" (installed), "lpips" (fetches VGG16 or reads vgg_file), "none"
+            "weight": 1.0,
+            "vgg_file": "",  # vgg16-397923af.pth of torchvision, for LPIPS as loss and as metric
+        }
+    )
+    config.adversarial = ConfigDict(
+        {
+            "discriminator": "patchgan",  # "patchgan", "stylegan_discriminator" (the sections below), "none"
+            "start": 0.33,  # when the discriminator begins: steps, or below 1 a share of num_steps
+            "warmup_steps": 500,  # then it learns for so long before the autoencoder hears it
+            "ramp_steps": 500,  # and in so many its weight rises to the full
+            "loss": "hinge",  # "hinge", "vanilla" or "non_saturating"
+            "weight": 0.8,
+            "max_adaptive_weight": 1e4,  # bound of the adaptive weight; 0: no adaptive weight
+            "lecam_weight": 0.0,
+            "r1_weight": 0.0,
+            "diff_augment": (),  # any of "color", "translation", "cutout"
+            "optimizer": optimizer(4.5e-6),
+        }
+    )
+    config.patchgan = ConfigDict(
+        {
+            "ndf": 64,
+            "num_layers": 3,
+            "norm": "batch",  # "batch", "group" or "none"
+            "spectral_norm": False,
+            "dtype": "float32",
+        }
+    )
+    config.stylegan_discriminator = ConfigDict(
+        {
+            "ch": 64,
+            "max_ch": 512,
+            "blur": (1, 3, 3, 1),
+            "stddev_group": 4,
+            "dtype": "float32",
         }
     )
 
@@ -117,6 +247,7 @@ def get_config() -> ConfigDict:
             "batch_size": 16,
             "num_steps": 100_000,
             "unconditional_share": 0.0,  # share of the sequences that begin with the begin token instead of their class
+            "ema_decay": 0.0,  # of the averaged weights, which are evaluated and saved; 0: the last ones are
             "init_from": "",  # folder of a trained generator to start from
             "optimizer": optimizer(5e-6),
         }

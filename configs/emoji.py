@@ -30,6 +30,7 @@ def get_config():
     config.tokenizer_training.optimizer.update(
         learning_rate=1e-3, schedule="cosine", warmup_steps=100, b2=0.99, grad_clip=1.0
     )
+    config.perceptual.name, config.adversarial.discriminator = "none", "none"
     config.gpt.update(d_model=128, num_layers=6, num_heads=4, attention_dropout=0.0)
     config.generator_training.update(batch_size=16, num_steps=1700)
     config.generator_training.optimizer.update(

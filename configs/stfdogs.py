@@ -1,8 +1,12 @@
 """Stanford Dogs, 120 breeds, 128 px: the published configuration of visual-gpt (VQ-GAN f16, K 4096, GPT-2 of 12 layers).
 
 Command: python -m vgpt_jax.main --config=configs/stfdogs.py --workdir=DIR
-Result: not yet run. The model, the optimizers and the schedules are here; the data set, the perceptual and the
-adversarial loss are not.
+Result: not yet run. Models, losses, optimizers and schedules are the published ones; the data set is not here yet. LPIPS
+needs torchvision's vgg16-397923af.pth: --config.perceptual.vgg_file=PATH, or else it is fetched; without either,
+--config.perceptual.name=efficientnet needs nothing.
+
+Differs from visual-gpt: the adaptive weight is over L1 and LPIPS together, and LPIPS is given images in the range that it
+was trained on.
 """
 
 from configs import default
@@ -26,6 +30,12 @@ def get_config():
     )
     config.tokenizer_training.update(batch_size=16, num_steps=150_000, reconstruction="l1")
     config.tokenizer_training.optimizer.update(learning_rate=4.5e-6, b1=0.5, b2=0.9)
+    config.perceptual.update(name="lpips", weight=1.0)
+    config.adversarial.update(
+        discriminator="patchgan", start=50_000, warmup_steps=0, ramp_steps=0, loss="hinge", weight=0.8
+    )
+    config.adversarial.optimizer.update(learning_rate=4.5e-6, b1=0.5, b2=0.9)
+    config.patchgan.update(ndf=64, num_layers=3, norm="batch")
     config.gpt.update(d_model=768, num_layers=12, num_heads=12)
     config.generator_training.update(batch_size=16, num_steps=100_000)
     config.generator_training.optimizer.update(

@@ -10,15 +10,16 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "vgpt_jax"
 
 FLOORS = [  # from the ground up; a module imports from floors below its own, and from its own package on its own floor
-    {"errors", "progress", "files"},
+    {"errors", "progress", "files", "host_memory"},
     {"quantizers", "configuration"},
     {"models", "losses", "evaluation.metrics", "visualization"},
     {"data", "sampling.logits", "sampling.generate", "sampling.class_names", "training.sharding", "training.optimizer",
      "training.from_config", "training.saved_model", "training.state", "training.checkpoint", "training.metric_log"},
-    {"sampling.cond_visual_gpt", "sampling.progressive", "evaluation.runner"},
-    {"sampling.rerank", "training.stage"},
+    {"sampling.cond_visual_gpt", "sampling.progressive", "evaluation.runner", "pretrained", "training.diff_augment"},
+    {"sampling.rerank", "training.stage", "training.tokenizer_step"},
     {"training.loop", "training.tokenizer_stage", "training.generator_stage", "training.classifier_stage"},
     {"main", "sample", "evaluate"},
+    {"benchmarks"},
 ]  # fmt: skip
 
 

@@ -18,11 +18,22 @@ Names below are imported when they are first used, so that ``import vgpt_jax`` c
 from importlib import import_module
 
 _HOME_OF = {
+    "BSQ": "vgpt_jax.quantizers.bsq",
     "ClassConditionedRejectionSampler": "vgpt_jax.sampling.rerank",
     "CondVisualGPT": "vgpt_jax.sampling.cond_visual_gpt",
     "ConvClassifier": "vgpt_jax.models.classifier",
+    "DiVeQ": "vgpt_jax.quantizers.diveq",
+    "FSQ": "vgpt_jax.quantizers.fsq",
     "GPT": "vgpt_jax.models.gpt",
+    "GroupedQuantize": "vgpt_jax.quantizers.grouped",
+    "IBQ": "vgpt_jax.quantizers.ibq",
+    "LFQ": "vgpt_jax.quantizers.lfq",
+    "MultiScaleQuantize": "vgpt_jax.quantizers.multi_scale",
+    "PatchGAN": "vgpt_jax.models.patchgan",
     "QuantizerOutput": "vgpt_jax.quantizers.output",
+    "ResidualQuantize": "vgpt_jax.quantizers.residual",
+    "SimVQ": "vgpt_jax.quantizers.simvq",
+    "StyleGANDiscriminator": "vgpt_jax.models.stylegan_discriminator",
     "Tokenizer": "vgpt_jax.models.tokenizer",
     "UserError": "vgpt_jax.errors",
     "VectorQuantize": "vgpt_jax.quantizers.vector_quantize",

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_flags
 from vgpt_jax.errors import UserError, close_names
 from vgpt_jax.files import written_whole
 
-FREE_FIELDS = ("logging", "stages", "sampling", "data.cache_dir")
+FREE_FIELDS = ("logging", "stages", "sampling", "data.cache_dir", "max_skipped_steps")
 """What may change between a run and its resumption, as it changes no weight."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from vgpt_jax.configuration import check_workdir, claim_workdir, read_flags
 from vgpt_jax.data.datasets import load_sources, make_transform
 from vgpt_jax.errors import UserError, check_range, choose, exit_on_user_error
+from vgpt_jax.host_memory import keep_freed_memory
 from vgpt_jax.progress import clock
 from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
 from vgpt_jax.training.loop import train
@@ -42,6 +43,7 @@ def train_all(config, workdir: Path) -> None:
         return
 
     check_range("seed", config.seed, least=0, most=2**32 - 1)
+    check_range("max_skipped_steps", config.max_skipped_steps, least=0)
     for field in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
         check_range(f"logging.{field}", config.logging[field], least=1)
     make_transform(config.data)
@@ -56,7 +58,14 @@ def train_all(config, workdir: Path) -> None:
             (workdir / name).mkdir(parents=True, exist_ok=True)
             device = mesh.devices.flat[0].device_kind
             print(f"{name}: {stage.num_steps} steps on {mesh.size} {device} device(s)", flush=True)
-            train(stage, directory=workdir / name, mesh=mesh, logging=config.logging, config=config.to_dict())
+            train(
+                stage,
+                directory=workdir / name,
+                mesh=mesh,
+                logging=config.logging,
+                config=config.to_dict(),
+                max_skipped_steps=config.max_skipped_steps,
+            )
             print(f"{name}: finished in {clock(time.monotonic() - begun)}", flush=True)
     except OSError as error:
         raise UserError(f"{workdir} cannot be written ({error}): what was saved before is whole") from error
@@ -72,6 +81,7 @@ def main(argv: list[str]) -> None:
     if {"--help", "-h", "-help"} & set(argv):
         print(f"{__doc__}\nconfigs/default.py names and explains every field.")
         return
+    keep_freed_memory()
     for name, value in QUIET_TENSORFLOW.items():
         os.environ.setdefault(name, value)
     config, workdir = read_flags(argv)

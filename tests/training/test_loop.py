@@ -1,5 +1,6 @@
 """The loop with a stage of two numbers: what it logs, when it stops, what it leaves."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -19,22 +20,29 @@ from vgpt_jax.training.loop import train
 from vgpt_jax.training.metric_log import MetricLog, curves, read_metrics
 from vgpt_jax.training.sharding import make_mesh
 from vgpt_jax.training.stage import Stage
-from vgpt_jax.training.state import create_replicated_state
+from vgpt_jax.training.state import create_replicated_state, skip_counts, skip_if_not_finite
 
 LOGGING = SimpleNamespace(log_every=2, eval_every=4, checkpoint_every=3, keep_checkpoints=2, wandb_project="")
 
 
 def counting_stage(
-    num_steps: int, nan_at: int | None = None, finished: list | None = None, identity: str = "a", start=None
+    num_steps: int,
+    nan_at: tuple[int, ...] = (),
+    finished: list | None = None,
+    identity: str = "a",
+    start=None,
+    skips: bool = False,
 ) -> Stage:
-    """Adds up what it is given; its loss is the sum, or NaN at one step."""
+    """Adds up what it is given; its loss is the sum, or NaN at some steps, which it skips or not."""
     mesh = make_mesh()
     _, state = create_replicated_state(lambda rngs: nnx.Linear(1, 1, rngs=rngs), optax.sgd(0.1), 0, mesh)
 
     def step(state, batch):
         total = jnp.sum(batch["x"])
-        loss = jnp.where(state.step + 1 == nan_at, jnp.nan, total) if nan_at else total
-        return state.replace(step=state.step + 1), {"loss": loss, "steps": state.step + 1.0}
+        loss = jnp.where(jnp.isin(state.step + 1, jnp.array(nan_at, jnp.int32)), jnp.nan, total)
+        after = state.replace(step=state.step + 1)
+        state = skip_if_not_finite(state, after, loss) if skips else after
+        return state, {"loss": loss, "steps": state.step + 0.0} | skip_counts(state)
 
     source = [{"x": np.float32(i)} for i in range(64)]
     return Stage(
@@ -42,7 +50,7 @@ def counting_stage(
         state=state,
         start=start or (lambda state: state),
         identity={"data": identity},
-        train_step=jax.jit(step, donate_argnums=0),
+        train_steps={0: jax.jit(step, donate_argnums=0)},
         num_steps=num_steps,
         batches=training_batches(source, lambda example, _: example, batch_size=8, seed=0),
         evaluate=lambda state: Evaluation({"step": float(state.step)}, {"picture": np.zeros((4, 4, 3), np.uint8)}),
@@ -52,7 +60,7 @@ def counting_stage(
 
 def run(directory, stage, logging=LOGGING):
     directory.mkdir(exist_ok=True)
-    return train(stage, directory=directory, mesh=make_mesh(), logging=logging, config={})
+    return train(stage, directory=directory, mesh=make_mesh(), logging=logging, config={}, max_skipped_steps=2)
 
 
 def test_metrics_are_logged_at_their_steps_and_at_the_end(tmp_path):
@@ -72,7 +80,7 @@ def test_metrics_are_logged_at_their_steps_and_at_the_end(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before(tmp_path):
     finished = []
     with pytest.raises(UserError, match="loss not finite at step 8 of 20; the checkpoint of step 6"):
-        run(tmp_path / "run", counting_stage(20, nan_at=8, finished=finished))
+        run(tmp_path / "run", counting_stage(20, nan_at=(8,), finished=finished))
     assert CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).latest_step() == 6
     assert not finished
     assert all(math.isfinite(v) for line in read_metrics(tmp_path / "run") for v in line.values())
@@ -80,8 +88,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before
 
 def test_a_loss_that_is_not_finite_at_a_checkpoint_step_is_not_saved(tmp_path):
     with pytest.raises(UserError, match="step 6 of 20; the checkpoint of step 3"):
-        run(tmp_path / "run", counting_stage(20, nan_at=6))
+        run(tmp_path / "run", counting_stage(20, nan_at=(6,)))
     assert CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).latest_step() == 3
+
+
+def test_skipped_steps_are_counted_and_many_in_a_row_stop_the_run(tmp_path):
+    state = run(tmp_path / "few", counting_stage(9, nan_at=(2, 5, 6), skips=True))
+    assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (9, 3, 0)
+    found = curves(tmp_path / "few")
+    assert found["skipped"] == [(2, 1.0), (4, 1.0), (6, 3.0), (8, 3.0), (9, 3.0)]
+    assert [step for step, _ in found["loss"]] == [4, 8, 9]  # a value that is not finite is no point of a curve
+    with pytest.raises(UserError, match=r"loss not finite at step 9 of 20 \(step 7 and all since were skipped\)"):
+        run(tmp_path / "many", counting_stage(20, nan_at=(4, 7, 8, 9, 10), skips=True))
+    assert CheckpointStore(tmp_path / "many" / "checkpoints", keep=2).latest_step() == 6
+
+
+def test_the_step_of_a_stage_changes_where_its_table_says(tmp_path):
+    stage = counting_stage(6)
+    first = stage.train_steps[0]
+
+    def later(state, batch):
+        state, metrics = first(state, batch)
+        return state, metrics | {"loss": jnp.float32(-1.0)}
+
+    stage = dataclasses.replace(stage, train_steps={0: first, 3: later})
+    logging = SimpleNamespace(**vars(LOGGING) | {"log_every": 1})
+    run(tmp_path / "run", stage, logging)
+    assert [loss == -1.0 for _, loss in curves(tmp_path / "run")["loss"]] == [False] * 3 + [True] * 3
 
 
 def test_a_resumed_run_goes_on_with_the_data_where_it_was(tmp_path):

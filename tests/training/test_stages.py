@@ -20,6 +20,7 @@ from vgpt_jax.training.optimizer import make_optimizer
 from vgpt_jax.training.saved_model import load_model
 from vgpt_jax.training.sharding import check_batch_size, make_mesh, shard_batch
 from vgpt_jax.training.state import create_replicated_state, start_from
+from vgpt_jax.training.tokenizer_step import Recipe, TokenizerState, make_train_step
 
 
 def one_device() -> Mesh:
@@ -29,7 +30,8 @@ def one_device() -> Mesh:
 def tokenizer_parts(config, mesh, optimizer):
     arguments = tokenizer_arguments(config)
     graph, state = create_replicated_state(lambda rngs: Tokenizer(**arguments, rngs=rngs), optimizer, 0, mesh)
-    return state, tokenizer_stage.make_train_step(graph, optimizer, "l2")
+    state = TokenizerState(**vars(state), discriminator=None)
+    return state, make_train_step(Recipe(graph, optimizer, "l2"))
 
 
 def generator_parts(config, mesh, optimizer):

@@ -20,7 +20,15 @@ from vgpt_jax.training.optimizer import make_optimizer
 from vgpt_jax.training.saved_model import save_model
 from vgpt_jax.training.sharding import check_batch_size
 from vgpt_jax.training.stage import Stage
-from vgpt_jax.training.state import TrainState, apply_gradients, create_replicated_state, merge_model, start_from
+from vgpt_jax.training.state import (
+    TrainState,
+    apply_gradients,
+    create_replicated_state,
+    merge_model,
+    skip_counts,
+    skip_if_not_finite,
+    start_from,
+)
 
 
 def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, label_smoothing: float):
@@ -33,8 +41,10 @@ def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation
 
         (value, logits), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
-        metrics = {"cross_entropy": value, "accuracy": accuracy, "gradient_norm": optax.tree.norm(gradients)}
-        return apply_gradients(state, gradients, optimizer), metrics
+        norm = optax.tree.norm(gradients)
+        state = skip_if_not_finite(state, apply_gradients(state, gradients, optimizer), value, norm)
+        metrics = {"cross_entropy": value, "accuracy": accuracy, "gradient_norm": norm}
+        return state, metrics | skip_counts(state)
 
     return train_step
 
@@ -96,7 +106,7 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
         state=state,
         start=lambda state: start_from(state, training.init_from, "classifier", arguments, mesh),
         identity={"data": train_source.identity},
-        train_step=jax.jit(make_train_step(graph, optimizer, training.label_smoothing), donate_argnums=0),
+        train_steps={0: jax.jit(make_train_step(graph, optimizer, training.label_smoothing), donate_argnums=0)},
         batches=training_batches(train_source, transform.train, batch_size=training.batch_size, seed=config.seed),
         num_steps=training.num_steps,
         evaluate=evaluate,

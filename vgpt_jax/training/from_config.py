@@ -5,8 +5,13 @@ from typing import Any
 from flax import nnx
 
 from vgpt_jax.errors import choose
+from vgpt_jax.models.layers import DTYPES
+from vgpt_jax.models.patchgan import PatchGAN
+from vgpt_jax.models.stylegan_discriminator import StyleGANDiscriminator
 from vgpt_jax.models.tokenizer import ARCHITECTURES, Tokenizer
 from vgpt_jax.quantizers import QUANTIZERS
+
+DISCRIMINATORS = {"patchgan": PatchGAN, "stylegan_discriminator": StyleGANDiscriminator}
 
 
 def tokenizer_arguments(config) -> dict[str, Any]:
@@ -17,13 +22,38 @@ def tokenizer_arguments(config) -> dict[str, Any]:
     """
     names = config.tokenizer
     choose("tokenizer.architecture", names.architecture, ARCHITECTURES)
-    choose("tokenizer.quantizer", names.quantizer, QUANTIZERS)
     return {
         "image_size": config.data.image_size,
         "architecture_args": config[names.architecture].to_dict(),
-        "quantizer_args": config[names.quantizer].to_dict(),
+        "quantizer_args": quantizer_arguments(config, names.quantizer, "tokenizer.quantizer"),
         **names.to_dict(),
     }
+
+
+def quantizer_arguments(config, name: str, field: str) -> dict[str, Any]:
+    """The arguments of a quantizer but ``rngs``; a composed one's hold those of the quantizer that it names.
+
+    Raises:
+      UserError: there is no quantizer of that name, which ``field`` gives.
+    """
+    choose(field, name, QUANTIZERS)
+    arguments = config[name].to_dict()
+    if "quantizer" in arguments:
+        inner = arguments["quantizer"]
+        arguments["quantizer_args"] = quantizer_arguments(config, inner, f"{name}.quantizer")
+    return arguments
+
+
+def discriminator_arguments(config, name: str) -> dict[str, Any]:
+    """The arguments of a discriminator but ``rngs``.
+
+    Raises:
+      UserError: there is none of that name.
+    """
+    choose("adversarial.discriminator", name, DISCRIMINATORS | {"none": None})
+    arguments = config[name].to_dict()
+    arguments["dtype"] = choose(f"{name}.dtype", arguments["dtype"], DTYPES)
+    return arguments | ({"image_size": config.data.image_size} if name == "stylegan_discriminator" else {})
 
 
 def abstract_tokenizer(config) -> Tokenizer:
@@ -38,8 +68,7 @@ def abstract_tokenizer(config) -> Tokenizer:
 
 def gpt_arguments(config, tokenizer: Tokenizer, num_classes: int) -> dict[str, Any]:
     """The arguments of `GPT` but ``rngs``, for a tokenizer, abstract or not."""
-    rows, columns = tokenizer.grid
-    sizes = {"num_codes": tokenizer.num_codes, "num_classes": num_classes, "num_tokens": rows * columns}
+    sizes = {"num_codes": tokenizer.num_codes, "num_classes": num_classes, "num_tokens": tokenizer.num_tokens}
     return sizes | config.gpt.to_dict()
 
 

@@ -27,20 +27,32 @@ from vgpt_jax.training.optimizer import make_optimizer
 from vgpt_jax.training.saved_model import load_model, save_model
 from vgpt_jax.training.sharding import check_batch_size, replicated
 from vgpt_jax.training.stage import Stage
-from vgpt_jax.training.state import TrainState, apply_gradients, create_replicated_state, merge_model, start_from
+from vgpt_jax.training.state import (
+    TrainState,
+    apply_gradients,
+    averaged_model,
+    create_replicated_state,
+    skip_counts,
+    skip_if_not_finite,
+    start_from,
+    update_averages,
+)
 from vgpt_jax.visualization.grid import enlarge, make_grid, scale_for
 
 ENCODE_BATCH = 32
 MAX_CLASSES_SHOWN = 12
 
 
-def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, unconditional_share: float):
+def make_train_step(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, unconditional_share: float, ema_decay: float = 0.0
+):
     """The pure step; the batch has ``token_ids`` ``[B, N]`` and ``label`` ``[B]``. The loss is over image tokens only.
 
     Args:
       graph: of the GPT.
       optimizer: of its parameters.
       unconditional_share: share of the sequences that begin with the begin token instead of their class.
+      ema_decay: of the averaged parameters; 0: there are none.
     """
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
@@ -55,8 +67,12 @@ def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation
             return jnp.mean(token_losses(gpt, conditions, batch["token_ids"], dropout_key))
 
         value, gradients = jax.value_and_grad(loss)(state.params)
-        metrics = {"nats_per_token": value, "gradient_norm": optax.tree.norm(gradients)}
-        return apply_gradients(state, gradients, optimizer), metrics
+        norm = optax.tree.norm(gradients)
+        after = apply_gradients(state, gradients, optimizer)
+        if ema_decay:
+            after = update_averages(after, ema_decay)
+        state = skip_if_not_finite(state, after, value, norm)
+        return state, {"nats_per_token": value, "gradient_norm": norm} | skip_counts(state)
 
     return train_step
 
@@ -99,7 +115,7 @@ def token_sources(
             make_transform(config.data),
             batch_size=ENCODE_BATCH,
             num_codes=tokenizer.num_codes,
-            grid=tokenizer.grid,
+            token_shape=tokenizer.token_shape,
             fingerprint=fingerprint,
         )
     return read_token_cache(directory, fingerprint=fingerprint)
@@ -119,6 +135,7 @@ def plan(config, mesh: Mesh, num_classes: int) -> tuple[dict[str, Any], optax.Gr
     training = config.generator_training
     check_batch_size(mesh, training.batch_size, "generator_training.batch_size")
     check_range("generator_training.unconditional_share", training.unconditional_share, least=0, most=1)
+    check_range("generator_training.ema_decay", training.ema_decay, least=0, most=0.999999)
     check_range("sampling.num", config.sampling.num, least=1)
     tokenizer = abstract_tokenizer(config)
     try:
@@ -143,7 +160,7 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
         ("data.image_size", config.data.image_size, tokenizer.image_size),
         ("data.value_range", list(config.data.value_range), of_tokenizer["value_range"]),
         ("the number of codes", arguments["num_codes"], tokenizer.num_codes),
-        ("the number of tokens", arguments["num_tokens"], tokenizer.grid[0] * tokenizer.grid[1]),
+        ("the number of tokens", arguments["num_tokens"], tokenizer.num_tokens),
     ):
         if mine != there:
             raise UserError(
@@ -152,8 +169,10 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
     train_tokens, held_out = token_sources(config, tokenizer, of_tokenizer["fingerprint"], workdir, sources)
     unigram = unigram_nats(train_tokens)
 
-    graph, state = create_replicated_state(lambda rngs: GPT(**arguments, rngs=rngs), optimizer, config.seed, mesh)
-    eval_sums = summed(lambda state, batch: held_out_metrics(merge_model(graph, state), batch))
+    graph, state = create_replicated_state(
+        lambda rngs: GPT(**arguments, rngs=rngs), optimizer, config.seed, mesh, averaged=training.ema_decay > 0
+    )
+    eval_sums = summed(lambda state, batch: held_out_metrics(averaged_model(graph, state), batch))
     class_names = train_tokens.class_names[:MAX_CLASSES_SHOWN]
 
     def evaluate(state: TrainState) -> Evaluation:
@@ -161,7 +180,7 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
         nats = float(mean_over(eval_sums, state, batches, mesh)["nats_per_token"])
         model = CondVisualGPT(
             tokenizer,
-            merge_model(graph, state),
+            averaged_model(graph, state),
             class_names=train_tokens.class_names,
             value_range=of_tokenizer["value_range"],
         )
@@ -177,10 +196,10 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
         save_model(
             workdir / "generator" / "model",
             "gpt",
-            merge_model(graph, state),
+            averaged_model(graph, state),
             arguments,
             class_names=list(train_tokens.class_names),
-            grid=list(tokenizer.grid),
+            token_shape=list(tokenizer.token_shape),
             tokenizer_fingerprint=of_tokenizer["fingerprint"],
             steps=int(state.step),
         )
@@ -190,7 +209,11 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
         state=state,
         start=lambda state: start_from(state, training.init_from, "gpt", arguments, mesh),
         identity={"data": train_tokens.identity, "tokenizer": of_tokenizer["fingerprint"]},
-        train_step=jax.jit(make_train_step(graph, optimizer, training.unconditional_share), donate_argnums=0),
+        train_steps={
+            0: jax.jit(
+                make_train_step(graph, optimizer, training.unconditional_share, training.ema_decay), donate_argnums=0
+            )
+        },
         batches=training_batches(
             train_tokens, lambda example, _: example, batch_size=training.batch_size, seed=config.seed
         ),

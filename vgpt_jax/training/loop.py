@@ -20,7 +20,9 @@ from vgpt_jax.visualization.grid import save_png
 from vgpt_jax.visualization.plots import plot_curves
 
 
-def train(stage: Stage, *, directory: Path, mesh: Mesh, logging: Any, config: Mapping) -> TrainState:
+def train(
+    stage: Stage, *, directory: Path, mesh: Mesh, logging: Any, config: Mapping, max_skipped_steps: int
+) -> TrainState:
     """Trains a stage to its last step, from its newest checkpoint if there is one, and writes the model.
 
     The host reads the metrics of the step before while the device works on the next. What is written to
@@ -32,12 +34,13 @@ def train(stage: Stage, *, directory: Path, mesh: Mesh, logging: Any, config: Ma
       mesh: devices.
       logging: the config's section of that name.
       config: what the metric writers are told of the run.
+      max_skipped_steps: how many steps in a row may be skipped for gradients that are not finite.
 
     Returns:
       The final state.
 
     Raises:
-      UserError: a metric is not finite (the newest checkpoint is from before), or the checkpoints are of other data.
+      UserError: too many steps were skipped (the newest checkpoint is whole), or the checkpoints are of other data.
     """
     from clu import parameter_overview, periodic_actions
 
@@ -85,16 +88,19 @@ def train(stage: Stage, *, directory: Path, mesh: Mesh, logging: Any, config: Ma
     )
 
     def settle(step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Reads a step's metrics, stops at what is not finite, and logs them if it is time."""
+        """Reads a step's metrics, stops where too many were skipped, and logs them if it is time."""
         values = {name: float(value) for name, value in metrics.items()}
         broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if broken:
+        in_a_row = int(values.pop("skipped_in_a_row"))
+        if in_a_row > max_skipped_steps or (broken and not in_a_row):
             store.close()
             good = store.latest_step()
-            kept = (
-                f"the checkpoint of step {good} in {directory} is from before" if good else "there is no checkpoint yet"
+            kept = f"the checkpoint of step {good} in {directory} is good" if good else "there is no checkpoint yet"
+            skipped = f" (step {step - in_a_row + 1} and all since were skipped)" if in_a_row > 1 else ""
+            raise UserError(
+                f"{stage.name}: {', '.join(broken)} not finite at step {step} of {stage.num_steps}{skipped}; {kept}"
             )
-            raise UserError(f"{stage.name}: {', '.join(broken)} not finite at step {step} of {stage.num_steps}; {kept}")
+        values = {name: value for name, value in values.items() if name not in broken}
         reporter.update(step)
         if step % logging.log_every == 0 or step == stage.num_steps:
             log.write(step, values)
@@ -102,12 +108,12 @@ def train(stage: Stage, *, directory: Path, mesh: Mesh, logging: Any, config: Ma
 
     before = None
     for step in range(start + 1, stage.num_steps + 1):
-        state, metrics = stage.train_step(state, shard_batch(mesh, next(batches)))
+        state, metrics = stage.step_after(step - 1)(state, shard_batch(mesh, next(batches)))
         if before is not None:
             settle(*before)
         before = (step, metrics)
         if step % logging.eval_every == 0 or step % logging.checkpoint_every == 0 or step == stage.num_steps:
-            settle(*before)  # nothing is evaluated or saved that is not finite
+            settle(*before)  # before anything is evaluated or saved
             before = None
         for action in actions:
             action(step)

@@ -27,6 +27,9 @@ class TrainState:
       buffers: what else the model holds (codebook counters, statistics).
       opt_state: the optimizer's.
       key: ``[2]`` uint32, the base of all randomness; a step folds its number into it.
+      averages: moving average of ``params``, for evaluation and for the model that is saved; None: these are ``params``.
+      skipped: int32 scalar, steps so far whose gradients were not finite.
+      skipped_in_a_row: int32 scalar, those since the last step that was taken.
     """
 
     step: Array
@@ -34,6 +37,9 @@ class TrainState:
     buffers: nnx.State
     opt_state: Any
     key: Array
+    averages: nnx.State | None
+    skipped: Array
+    skipped_in_a_row: Array
 
     def step_key(self) -> Array:
         """The PRNG key of this step."""
@@ -41,12 +47,27 @@ class TrainState:
 
 
 def create_state(
-    model: nnx.Module, optimizer: optax.GradientTransformation, seed: int
+    model: nnx.Module, optimizer: optax.GradientTransformation, seed: int, *, averaged: bool = False
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """Splits a fresh model into its graph and the state of step 0. Works under ``jax.eval_shape``."""
+    """Splits a fresh model into its graph and the state of step 0. Works under ``jax.eval_shape``.
+
+    Args:
+      model: fresh.
+      optimizer: of its parameters.
+      seed: of all randomness of the steps.
+      averaged: keep the moving average of the parameters (`update_averages`).
+    """
     graph, params, buffers = nnx.split(model, nnx.Param, ...)
-    key = jax.random.key_data(jax.random.key(seed))
-    return graph, TrainState(jnp.zeros((), jnp.int32), params, buffers, optimizer.init(params), key)
+    return graph, TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        buffers=buffers,
+        opt_state=optimizer.init(params),
+        key=jax.random.key_data(jax.random.key(seed)),
+        averages=jax.tree.map(jnp.copy, params) if averaged else None,
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_a_row=jnp.zeros((), jnp.int32),
+    )
 
 
 def apply_gradients(state: TrainState, gradients: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
@@ -56,17 +77,54 @@ def apply_gradients(state: TrainState, gradients: nnx.State, optimizer: optax.Gr
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
 
 
+def update_averages(state: TrainState, decay: float) -> TrainState:
+    """Moves the averages towards the parameters, by ``1 - decay``, and faster at first: by at least ``9 / (step + 10)``."""
+    decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
+    averages = jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, state.averages, state.params)
+    return state.replace(averages=averages)
+
+
+def skip_if_not_finite(before: TrainState, after: TrainState, *values: Array) -> TrainState:
+    """``after``, or, where a value is not finite, ``before`` with the step counted as done and as skipped.
+
+    Args:
+      before: the state that the step was given.
+      after: the state that it made.
+      *values: scalars that are not finite if any gradient is not, such as norms.
+    """
+    finite = jnp.all(jnp.isfinite(jnp.stack(values)))
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
+    bad = 1 - finite.astype(jnp.int32)
+    return kept.replace(
+        step=after.step, skipped=before.skipped + bad, skipped_in_a_row=(before.skipped_in_a_row + 1) * bad
+    )
+
+
 def merge_model(graph: nnx.GraphDef, state: TrainState) -> nnx.Module:
-    """The model with the state's parameters and buffers."""
-    return nnx.merge(graph, state.params, state.buffers)
+    """The model with the state's parameters and buffers: what is trained. Its variables are copies, so that what is written
+    to them leaves the state as it was."""
+    return nnx.merge(graph, state.params, state.buffers, copy=True)
+
+
+def averaged_model(graph: nnx.GraphDef, state: TrainState) -> nnx.Module:
+    """The model with the averaged parameters where there are any: what is evaluated and saved."""
+    return nnx.merge(graph, state.params if state.averages is None else state.averages, state.buffers, copy=True)
 
 
 def create_replicated_state(
-    build: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+    build: Callable[[nnx.Rngs], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    *,
+    averaged: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState]:
     """`create_state` of ``build(rngs)``, compiled, with a copy on every device of the mesh."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(seed))))
-    create = jax.jit(lambda: create_state(build(nnx.Rngs(seed)), optimizer, seed)[1], out_shardings=replicated(mesh))
+    create = jax.jit(
+        lambda: create_state(build(nnx.Rngs(seed)), optimizer, seed, averaged=averaged)[1],
+        out_shardings=replicated(mesh),
+    )
     return graph, create()
 
 
@@ -86,4 +144,10 @@ def start_from(state: TrainState, directory: str, kind: str, arguments: dict[str
             f"init_from {directory} holds a {kind} with other {', '.join(other)}: make the config agree, or start from scratch"
         )
     _, params, buffers = nnx.split(model, nnx.Param, ...)
-    return state.replace(params=params, buffers=buffers)
+    averages = None if state.averages is None else jax.tree.map(jnp.copy, params)
+    return state.replace(params=params, buffers=buffers, averages=averages)
+
+
+def skip_counts(state: TrainState) -> dict[str, Array]:
+    """The metrics on skipped steps that the loop expects of every step."""
+    return {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}

@@ -16,61 +16,97 @@ from vgpt_jax.data.transforms import ImageTransform, to_uint8
 from vgpt_jax.errors import UserError, check_range, choose
 from vgpt_jax.evaluation.metrics import SSIM_WINDOW, code_counts, codebook_metrics, psnr, ssim
 from vgpt_jax.evaluation.runner import Evaluation, mean_over, summed
-from vgpt_jax.losses import RECONSTRUCTION_LOSSES
+from vgpt_jax.losses import ADVERSARIAL_LOSSES, RECONSTRUCTION_LOSSES
+from vgpt_jax.models.perceptual import PERCEPTUAL
 from vgpt_jax.models.tokenizer import Tokenizer
-from vgpt_jax.training.from_config import abstract_tokenizer, tokenizer_arguments
+from vgpt_jax.pretrained.load import load_perceptual, vgg16_is_here
+from vgpt_jax.training.diff_augment import POLICIES
+from vgpt_jax.training.from_config import (
+    DISCRIMINATORS,
+    abstract_tokenizer,
+    discriminator_arguments,
+    tokenizer_arguments,
+)
 from vgpt_jax.training.optimizer import make_optimizer
 from vgpt_jax.training.saved_model import save_model
-from vgpt_jax.training.sharding import check_batch_size
-from vgpt_jax.training.stage import Stage
-from vgpt_jax.training.state import TrainState, apply_gradients, create_replicated_state, merge_model, start_from
+from vgpt_jax.training.sharding import check_batch_size, replicate
+from vgpt_jax.training.stage import Stage, TrainStep
+from vgpt_jax.training.state import averaged_model, create_replicated_state, merge_model, start_from
+from vgpt_jax.training.tokenizer_step import Adversary, DiscriminatorState, Recipe, TokenizerState, make_train_step
 from vgpt_jax.visualization.grid import enlarge, pairs_grid, scale_for
 
 NUM_PICTURES = 16
 
 
-def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, reconstruction: str):
-    """The pure step ``(state, batch) -> (state, metrics)``; ``batch["image"]`` is ``[B, H, W, 3]`` in the value range.
+def held_out_metrics(tokenizer: Tokenizer, batch: dict, value_range, distances: dict[str, nnx.Module]) -> dict:
+    """Metrics of each example ``{name: [B]}``, and ``"counts"`` of its codes ``[B, K]``; images are clipped first.
 
     Args:
-      graph: of the tokenizer.
-      optimizer: of its parameters.
-      reconstruction: "l1" or "l2".
+      tokenizer: what is measured.
+      batch: with "image" ``[B, H, W, 3]`` in ``value_range``.
+      value_range: of the images.
+      distances: perceptual distances (`perceptual_metrics`) by the name of the metric.
     """
-    reconstruction_loss = RECONSTRUCTION_LOSSES[reconstruction]
-
-    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        dropout_key, surgery_key = jax.random.split(state.step_key())
-
-        def total_loss(params):
-            output = nnx.merge(graph, params, state.buffers)(batch["image"], dropout_key)
-            losses = {"reconstruction": reconstruction_loss(output.reconstruction, batch["image"])}
-            total = sum(losses.values()) + output.quantized.loss
-            return total, (losses | output.quantized.losses, output.quantized)
-
-        (total, (losses, quantized)), gradients = jax.value_and_grad(total_loss, has_aux=True)(state.params)
-        state = apply_gradients(state, gradients, optimizer)
-
-        tokenizer = merge_model(graph, state)
-        tokenizer.quantizer.surgery(quantized, surgery_key)
-        _, params, buffers = nnx.split(tokenizer, nnx.Param, ...)
-        metrics = {"loss": total, **losses, "gradient_norm": optax.tree.norm(gradients)}
-        return state.replace(params=params, buffers=buffers), metrics
-
-    return train_step
-
-
-def held_out_metrics(tokenizer: Tokenizer, batch: dict, value_range) -> dict:
-    """Metrics of each example ``{name: [B]}``, and ``"counts"`` of its codes ``[B, K]``; images are clipped first."""
     low, high = value_range
     output = tokenizer(batch["image"])
-    images, reconstruction = ((x.clip(low, high) - low) / (high - low) for x in (batch["image"], output.reconstruction))
+    pair = [x.clip(low, high) for x in (output.reconstruction, batch["image"])]
+    reconstruction, images = ((x - low) / (high - low) for x in pair)
     return {
         "psnr": psnr(reconstruction, images),
         "ssim": ssim(reconstruction, images),
         "l1": abs(reconstruction - images).mean(axis=(1, 2, 3)),
         "counts": code_counts(output.quantized.token_ids, tokenizer.num_codes),
-    }
+    } | {name: module.distance(*pair) for name, module in distances.items()}
+
+
+def perceptual_metrics(config) -> dict[str, nnx.Module]:
+    """The distances that are measured: "feature_distance" always, "lpips" where the VGG16 it needs is there."""
+    found = {"feature_distance": load_perceptual("efficientnet", config.data.value_range)}
+    if vgg16_is_here(config.perceptual.vgg_file):
+        found["lpips"] = load_perceptual("lpips", config.data.value_range, vgg_file=config.perceptual.vgg_file)
+    return found
+
+
+def first_adversarial_step(start: float, num_steps: int) -> int:
+    """Steps done before the discriminator begins: ``start`` itself, or below 1 that share of ``num_steps``."""
+    check_range("adversarial.start", start, least=0)
+    return int(start * num_steps) if start < 1 else int(start)
+
+
+def plan_adversary(config) -> tuple[dict[str, Any], Adversary, int] | None:
+    """The discriminator's arguments, how it takes part, and after how many steps; None where the config has none.
+
+    Raises:
+      UserError: the config is not sound; the message names the field.
+    """
+    section, training = config.adversarial.to_dict(), config.tokenizer_training
+    name = section.pop("discriminator")
+    if name == "none":
+        return None
+    arguments = discriminator_arguments(config, name)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: DISCRIMINATORS[name](**arguments, rngs=nnx.Rngs(0))))
+    choose("adversarial.loss", section["loss"], ADVERSARIAL_LOSSES)
+    for field in ("weight", "max_adaptive_weight", "warmup_steps", "ramp_steps", "lecam_weight", "r1_weight"):
+        check_range(f"adversarial.{field}", section[field], least=0)
+    for policy in section["diff_augment"]:
+        choose("an entry of adversarial.diff_augment", policy, POLICIES)
+    first = first_adversarial_step(section.pop("start"), training.num_steps)
+    if first >= training.num_steps:
+        raise UserError(
+            f"adversarial.start is step {first}, but tokenizer_training.num_steps only {training.num_steps}: let it start "
+            'earlier (below 1 it is a share of the training), or set adversarial.discriminator="none"'
+        )
+    optimizer = make_optimizer(num_steps=training.num_steps - first, **section.pop("optimizer"))
+    adversary = Adversary(
+        graph=graph,
+        optimizer=optimizer,
+        heard_from=first + section.pop("warmup_steps"),
+        value_range=tuple(config.data.value_range),
+        **section,
+    )
+    images = jax.ShapeDtypeStruct((2, config.data.image_size, config.data.image_size, 3), np.float32)
+    nnx.eval_shape(lambda x: DISCRIMINATORS[name](**arguments, rngs=nnx.Rngs(0))(x), images)
+    return arguments, adversary, first
 
 
 def plan(config, mesh: Mesh, num_classes: int) -> tuple[dict[str, Any], optax.GradientTransformation]:
@@ -83,11 +119,15 @@ def plan(config, mesh: Mesh, num_classes: int) -> tuple[dict[str, Any], optax.Gr
     check_batch_size(mesh, training.batch_size, "tokenizer_training.batch_size")
     choose("tokenizer_training.reconstruction", training.reconstruction, RECONSTRUCTION_LOSSES)
     check_range("data.image_size", config.data.image_size, least=SSIM_WINDOW)
+    check_range("tokenizer_training.ema_decay", training.ema_decay, least=0, most=0.999999)
+    check_range("perceptual.weight", config.perceptual.weight, least=0)
+    choose("perceptual.name", config.perceptual.name, PERCEPTUAL | {"none": None})
+    plan_adversary(config)
     warm_up = abstract_tokenizer(config).quantizer.pretrain_steps
     if warm_up >= training.num_steps and not training.init_from:
         raise UserError(
-            f"vector_quantize.pretrain_steps is {warm_up}, but tokenizer_training.num_steps only {training.num_steps}: "
-            "the codebook would never be used"
+            f"the warm start of {config.tokenizer.quantizer} takes {warm_up} steps, but tokenizer_training.num_steps is only "
+            f"{training.num_steps}: the codebook would never be used"
         )
     return tokenizer_arguments(config), make_optimizer(num_steps=training.num_steps, **training.optimizer)
 
@@ -102,13 +142,38 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
     train_source, held_out = sources
     arguments, optimizer = plan(config, mesh, len(train_source.class_names))
     transform = make_transform(config.data)
-    graph, state = create_replicated_state(lambda rngs: Tokenizer(**arguments, rngs=rngs), optimizer, config.seed, mesh)
-    eval_sums = summed(lambda state, batch: held_out_metrics(merge_model(graph, state), batch, config.data.value_range))
-    reconstruct = jax.jit(lambda state, images: merge_model(graph, state)(images).reconstruction)
+    graph, state = create_replicated_state(
+        lambda rngs: Tokenizer(**arguments, rngs=rngs), optimizer, config.seed, mesh, averaged=training.ema_decay > 0
+    )
+    perceptual, frozen = None, None
+    if config.perceptual.name != "none":
+        module = load_perceptual(config.perceptual.name, config.data.value_range, vgg_file=config.perceptual.vgg_file)
+        perceptual, frozen = nnx.split(module)
+        frozen = replicate(mesh, frozen)
+    recipe = Recipe(graph, optimizer, training.reconstruction, perceptual, config.perceptual.weight, training.ema_decay)
+    discriminator, train_steps = None, {0: make_train_step(recipe)}
+    if planned := plan_adversary(config):
+        discriminator_args, adversary, first = planned
+        make = DISCRIMINATORS[config.adversarial.discriminator]
+        _, fresh = create_replicated_state(
+            lambda rngs: make(**discriminator_args, rngs=rngs), adversary.optimizer, config.seed + 1, mesh
+        )
+        discriminator = replicate(mesh, DiscriminatorState.of(fresh))
+        train_steps[first] = make_train_step(recipe, adversary)
+    state = TokenizerState(**vars(state), discriminator=discriminator)
 
-    def evaluate(state: TrainState) -> Evaluation:
+    metric_graph, metric_state = nnx.split(perceptual_metrics(config))
+    metric_state = replicate(mesh, metric_state)
+    eval_sums = summed(
+        lambda states, batch: held_out_metrics(
+            averaged_model(graph, states[0]), batch, config.data.value_range, nnx.merge(metric_graph, states[1])
+        )
+    )
+    reconstruct = jax.jit(lambda state, images: averaged_model(graph, state)(images).reconstruction)
+
+    def evaluate(state: TokenizerState) -> Evaluation:
         batches = evaluation_batches(held_out, transform.evaluate, batch_size=training.batch_size)
-        means = mean_over(eval_sums, state, batches, mesh)
+        means = mean_over(eval_sums, (state, metric_state), batches, mesh)
         counts = means.pop("counts")
         scalars = {name: float(value) for name, value in means.items()}
         if not merge_model(graph, state).quantizer.is_warming_up():  # until then no code has been used
@@ -116,11 +181,11 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
         picture = reconstructions(held_out, transform, lambda images: reconstruct(state, images))
         return Evaluation(scalars, {"reconstructions": picture})
 
-    def finish(state: TrainState) -> None:
+    def finish(state: TokenizerState) -> None:
         save_model(
             workdir / "tokenizer" / "model",
             "tokenizer",
-            merge_model(graph, state),
+            averaged_model(graph, state),
             arguments,
             value_range=list(config.data.value_range),
             data=config.data.to_dict(),
@@ -132,12 +197,18 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
         state=state,
         start=lambda state: start_from(state, training.init_from, "tokenizer", arguments, mesh),
         identity={"data": train_source.identity},
-        train_step=jax.jit(make_train_step(graph, optimizer, training.reconstruction), donate_argnums=0),
+        train_steps={first: compiled(step, frozen) for first, step in train_steps.items()},
         batches=training_batches(train_source, transform.train, batch_size=training.batch_size, seed=config.seed),
         num_steps=training.num_steps,
         evaluate=evaluate,
         finish=finish,
     )
+
+
+def compiled(step: Callable, frozen: nnx.State | None) -> TrainStep:
+    """A step as the loop calls it; the frozen weights are an argument of the program, or it would hold them as constants."""
+    program = jax.jit(step, donate_argnums=0)
+    return lambda state, batch: program(state, batch, frozen)
 
 
 def reconstructions(held_out: Any, transform: ImageTransform, reconstruct: Callable[[np.ndarray], Any]) -> np.ndarray:
