@@ -20,11 +20,12 @@ def get_config():
     config.vector_quantize.update(
         num_codewords=512,
         embedding_dim=8,
-        replace_freq=50,
+        learning="ema",
+        init_method="kmeans",
         pretrain_steps=200,
+        replace_freq=50,
         penalty_weight=0.0,
-        commitment_weight=0.05,
-        codebook_weight=0.2,
+        commitment_weight=0.25,
     )
     config.tokenizer_training.update(batch_size=16, num_steps=5000, reconstruction="l2")
     config.tokenizer_training.optimizer.update(

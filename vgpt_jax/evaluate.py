@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +35,7 @@ BATCH_SIZE = 32
 PLOTTED = {
     "tokenizer: reconstruction loss": ("tokenizer", "reconstruction", None),
     "tokenizer: PSNR, dB": ("tokenizer", None, "held_out/psnr"),
+    "tokenizer: feature distance": ("tokenizer", None, "held_out/feature_distance"),
     "tokenizer: share of codes in use": ("tokenizer", None, "held_out/code_use"),
     "generator: nats a token": ("generator", "nats_per_token", "held_out/nats_per_token"),
     "classifier: cross-entropy, nats": ("classifier", "cross_entropy", "held_out/cross_entropy"),
@@ -64,16 +66,16 @@ def measure(workdir: Path, *, num: int, accept_n: int, seed: int) -> tuple[dict[
     fingerprint = read_metadata(workdir / "tokenizer" / "model", "tokenizer")["fingerprint"]
     tokens, held_out_tokens = read_token_cache(workdir / "token_cache", fingerprint=fingerprint)
 
-    def mean_of(module: nnx.Module, metrics, source, view) -> dict[str, float]:
-        graph, state = nnx.split(module)
+    def mean_of(modules: Any, metrics, source, view) -> dict[str, float]:
+        graph, state = nnx.split(modules)
         state = replicate(mesh, state)
         sums = summed(lambda state, batch: metrics(nnx.merge(graph, state), batch))
         batches = evaluation_batches(source, view, batch_size=BATCH_SIZE * mesh.size)
         return mean_over(sums, state, batches, mesh)
 
     reconstructed = mean_of(
-        model.tokenizer,
-        lambda m, b: tokenizer_stage.held_out_metrics(m, b, model.value_range),
+        (model.tokenizer, tokenizer_stage.perceptual_metrics(config)),
+        lambda m, b: tokenizer_stage.held_out_metrics(m[0], b, model.value_range, m[1]),
         held_out,
         transform.evaluate,
     )
@@ -90,6 +92,9 @@ def measure(workdir: Path, *, num: int, accept_n: int, seed: int) -> tuple[dict[
         "tokenizer/psnr_db": reconstructed["psnr"],
         "tokenizer/ssim": reconstructed["ssim"],
         "tokenizer/l1": reconstructed["l1"],
+    }
+    figures |= {
+        f"tokenizer/{name}": reconstructed[name] for name in ("feature_distance", "lpips") if name in reconstructed
     }
     for part, source in (("held_out", held_out_tokens), ("training", tokens)):
         counts = np.bincount(source.token_ids.ravel(), minlength=model.tokenizer.num_codes)
@@ -127,8 +132,12 @@ def table(figures: dict[str, float]) -> str:
 
     nats, bits, unigram = (f[f"generator/{name}"] for name in ("nats_per_token", "bits_per_token", "unigram_nats"))
     below, seconds = f["generator/share_below_unigram"], f["sampling/seconds"]
+    reconstruction = f"PSNR {f['tokenizer/psnr_db']:.2f} dB, SSIM {f['tokenizer/ssim']:.3f}"
+    reconstruction += f", feature distance {f['tokenizer/feature_distance']:.3f}"
+    if "tokenizer/lpips" in f:
+        reconstruction += f", LPIPS {f['tokenizer/lpips']:.3f}"
     rows = {
-        "reconstruction of held-out pictures": f"PSNR {f['tokenizer/psnr_db']:.2f} dB, SSIM {f['tokenizer/ssim']:.3f}",
+        "reconstruction of held-out pictures": reconstruction,
         "codes in use, held-out token cache": codes("held_out"),
         "codes in use, training token cache": codes("training"),
         "generator, held-out": f"{nats:.3f} nats ({bits:.3f} bits) a token",

@@ -20,7 +20,20 @@ def command(tiny_overrides):
         "logging.log_every": 1,
         "logging.eval_every": 60,
     }
-    fields = tiny_overrides | steps
+    adversary = {  # begins before the kill, is heard after it
+        "adversarial.discriminator": "patchgan",
+        "adversarial.start": 30,
+        "adversarial.warmup_steps": 40,
+        "adversarial.ramp_steps": 20,
+        "adversarial.lecam_weight": 0.01,
+        "vector_quantize.learning": "ema",
+        "vector_quantize.init_method": "kmeans",
+        "patchgan.num_layers": 1,
+        "patchgan.ndf": 8,
+        "patchgan.spectral_norm": True,
+        "tokenizer_training.ema_decay": 0.9,
+    }
+    fields = tiny_overrides | steps | adversary
     flags = [f"--config.{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in fields.items()]
     return [sys.executable, "-m", "vgpt_jax.main", "--config=configs/emoji.py", *flags]
 

@@ -114,6 +114,18 @@ def test_every_stage_leaves_pictures_curves_and_logs(trained):
         assert any((trained / stage / "tensorboard").iterdir())
 
 
+def test_a_trained_tokenizer_has_the_same_ids_in_bfloat16(trained):
+    model, metadata = load_model(trained / "tokenizer" / "model", "tokenizer")
+    images = jnp.asarray(np.random.default_rng(0).random((32, 16, 16, 3), np.float32))
+    graph, _ = nnx.split(
+        nnx.eval_shape(lambda: Tokenizer(**metadata["arguments"] | {"dtype": "bfloat16"}, rngs=nnx.Rngs(0)))
+    )
+    low = nnx.merge(graph, nnx.state(model))
+    np.testing.assert_array_equal(low.encode(images), model.encode(images))
+    assert low(images).quantized.z_q.dtype == jnp.float32
+    assert (np.asarray(low(images).quantized.z_e) != np.asarray(model(images).quantized.z_e)).any()
+
+
 def test_code_metrics_wait_for_the_end_of_the_warm_start(tiny_config, tmp_path):
     tiny_config.vector_quantize.update(pretrain_steps=30)
     stage = tokenizer_stage.build(tiny_config, make_mesh(), tmp_path, load_sources(tiny_config.data))

@@ -122,6 +122,8 @@ def plan(config, mesh: Mesh, num_classes: int) -> tuple[dict[str, Any], optax.Gr
     check_range("tokenizer_training.ema_decay", training.ema_decay, least=0, most=0.999999)
     check_range("perceptual.weight", config.perceptual.weight, least=0)
     choose("perceptual.name", config.perceptual.name, PERCEPTUAL | {"none": None})
+    if config.perceptual.vgg_file and not Path(config.perceptual.vgg_file).expanduser().is_file():
+        raise UserError(f"perceptual.vgg_file is {config.perceptual.vgg_file!r}, but there is no such file")
     plan_adversary(config)
     warm_up = abstract_tokenizer(config).quantizer.pretrain_steps
     if warm_up >= training.num_steps and not training.init_from:

@@ -1,0 +1,45 @@
+"""The peer of the speed benchmark computes what our step computes, and the breakdown finds the work."""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vgpt_jax.benchmarks import tokenizer_step
+from vgpt_jax.benchmarks.device import operations_of, peak_flops, time_by_operation
+from vgpt_jax.benchmarks.torch_tokenizer import TokenizerTraining
+
+
+def test_both_steps_have_the_same_losses():
+    arguments = argparse.Namespace(image_size=32, ch=8, batch_size=2, dtype="float32")
+    ours = tokenizer_step.OurStep(arguments)
+    theirs = TokenizerTraining(
+        **tokenizer_step.sizes(arguments), quantizer_args=tokenizer_step.QUANTIZER, discriminator_args={}
+    )
+    theirs.load_from(ours.tokenizer, ours.discriminator)
+    for _ in range(2):  # the second one sees what Adam made of both
+        mine, peer = ours(), theirs.step(ours.batch["image"])
+        for name, value in peer.items():
+            assert float(mine[name]) == pytest.approx(value, rel=2e-3, abs=2e-4), name
+
+
+def test_operations_are_counted_and_found_by_kind():
+    def f(x, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=layout)
+        return jnp.tanh(y) @ jnp.ones((16, 16))
+
+    x, kernel = np.ones((4, 32, 32, 16), np.float32), np.ones((3, 3, 16, 16), np.float32)
+    program = jax.jit(f).lower(x, kernel).compile()
+    products = 2 * 4 * 32 * 32 * 16 * 16 * (9 + 1)
+    assert 0.85 * products < operations_of(program) < 1.2 * products  # the kernel meets no pixel beyond the border
+    seconds = time_by_operation(lambda: jax.block_until_ready(program(x, kernel)), program)
+    assert seconds["convolutions, forward and gradient of images"] > 0
+    assert sum(seconds.values()) < 1.0
+
+
+def test_peaks():
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert peak_flops("cpu", "float32") is None

@@ -1,0 +1,80 @@
+"""What a device can do, and what a compiled program does with it."""
+
+import gzip
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+PEAKS = {  # dense matrix products, FLOP/s, from the makers' data sheets; float32 is TF32 on GPUs
+    "H100": {"bfloat16": 989e12, "float32": 495e12},
+    "H200": {"bfloat16": 989e12, "float32": 495e12},
+    "A100": {"bfloat16": 312e12, "float32": 156e12},
+    "TPU v4": {"bfloat16": 275e12},
+    "TPU v5 lite": {"bfloat16": 197e12},
+    "TPU v5p": {"bfloat16": 459e12},
+    "TPU v6 lite": {"bfloat16": 918e12},
+}
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """The peak of a device in FLOP/s, or None where it is not known."""
+    return next((rates.get(dtype) for name, rates in PEAKS.items() if name in device_kind), None)
+
+
+def operations_of(program: jax.stages.Compiled) -> float:
+    """Floating-point operations of one run of a compiled program, as XLA counts them."""
+    analysis = program.cost_analysis()
+    return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
+
+
+def time_by_operation(step: Callable[[], object], program: jax.stages.Compiled, num_steps: int = 3) -> dict[str, float]:
+    """Seconds a step of each kind of operation, on average, from JAX's profiler.
+
+    Args:
+      step: runs the program once and waits for it.
+      program: what is run; its text says what a fusion is made of.
+      num_steps: how many are watched.
+    """
+    kinds = _kinds(program.as_text())
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            for _ in range(num_steps):
+                step()
+        trace = next(Path(directory).rglob("*.trace.json.gz"))
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    seconds: Counter = Counter()
+    for event in events:
+        kind = kinds.get(event["name"]) if event.get("ph") == "X" else None
+        if kind:
+            seconds[kind] += event["dur"] / 1e6 / num_steps
+    return dict(seconds)
+
+
+def _kinds(text: str) -> dict[str, str]:
+    """Instruction name -> kind, for the instructions of a program's text that take time by themselves."""
+    bodies: dict[str, str] = {}
+    for name, body in re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL):
+        bodies[name] = body
+    kinds = {}
+    for name, operation, rest in re.findall(r"%?([\w.\-]+) = \S+ ([\w\-]+)\(([^\n]*)", text):
+        called = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", rest)
+        body = bodies.get(called.group(1), "") if called else ""
+        if operation == "convolution" or " convolution(" in body:
+            whole = f"{operation}({rest}" if operation == "convolution" else body
+            window = re.search(r"window=\{size=(\d+)x(\d+)", whole)
+            wide = window and max(map(int, window.groups())) > 5
+            kinds[name] = (
+                "convolutions, gradient of kernels" if wide else "convolutions, forward and gradient of images"
+            )
+        elif operation == "dot" or " dot(" in body:
+            kinds[name] = "matrix products"
+        elif "transpose" in name or "copy" in name:
+            kinds[name] = "transposes and copies"
+        elif operation == "fusion" or operation in ("reduce", "custom-call"):
+            kinds[name] = "reductions" if "reduce" in name or " reduce(" in body else "elementwise"
+    return kinds
