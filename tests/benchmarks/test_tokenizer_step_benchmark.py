@@ -19,10 +19,10 @@ def test_both_steps_have_the_same_losses():
         **tokenizer_step.sizes(arguments), quantizer_args=tokenizer_step.QUANTIZER, discriminator_args={}
     )
     theirs.load_from(ours.tokenizer, ours.discriminator)
-    for _ in range(2):  # the second one sees what Adam made of both
+    for tolerance in (1e-4, 2e-2):  # Adam's first step is the sign of each gradient, and of some only rounding decides it
         mine, peer = ours(), theirs.step(ours.batch["image"])
         for name, value in peer.items():
-            assert float(mine[name]) == pytest.approx(value, rel=2e-3, abs=2e-4), name
+            assert float(mine[name]) == pytest.approx(value, rel=tolerance, abs=tolerance / 10), name
 
 
 def test_operations_are_counted_and_found_by_kind():
