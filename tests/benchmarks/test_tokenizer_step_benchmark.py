@@ -19,7 +19,10 @@ def test_both_steps_have_the_same_losses():
         **tokenizer_step.sizes(arguments), quantizer_args=tokenizer_step.QUANTIZER, discriminator_args={}
     )
     theirs.load_from(ours.tokenizer, ours.discriminator)
-    for tolerance in (1e-4, 2e-2):  # Adam's first step is the sign of each gradient, and of some only rounding decides it
+    for tolerance in (
+        1e-4,
+        2e-2,
+    ):  # Adam's first step is the sign of each gradient, and of some only rounding decides it
         mine, peer = ours(), theirs.step(ours.batch["image"])
         for name, value in peer.items():
             assert float(mine[name]) == pytest.approx(value, rel=tolerance, abs=tolerance / 10), name

@@ -77,7 +77,6 @@ def test_what_the_recipe_cannot_do_is_said_before_it_begins(field, value, messag
 COMPOSED = {
     "residual_quantize": ({"num_quantizers": 2}, (4, 4, 2)),
     "multi_scale_quantize": ({"scales": (1, 2, 4), "num_phi": 2}, (21,)),
-    "fsq": ({"levels": (4, 4, 3)}, (4, 4)),
 }
 
 

@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
         for run in steps_of(name, config, start=far_codes):
             if run.step % EVALUATE_EVERY == 0 or run.step == arguments.steps:
                 found = run.stage.evaluate(run.state).scalars
-                use[name].append((run.step, found["code_use"]))
+                if "code_use" in found:  # not during a warm start
+                    use[name].append((run.step, found["code_use"]))
                 quality[name].append((run.step, found["psnr"]))
         row = {"codebook": name, "codes in use": f"{found['code_use']:.1%}", "perplexity": f"{found['perplexity']:.0f}"}
         rows.append(row | {"PSNR, dB": f"{found['psnr']:.2f}"})
