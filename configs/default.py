@@ -165,7 +165,7 @@ def get_config() -> ConfigDict:
             "num_quantizers": 4,
             "shared_codebook": False,
             "quantizer_dropout": 0.0,
-            "depth_scale": 1.0,  # what each depth is divided by; below 1 for codes of a fixed size (FSQ, LFQ, BSQ)
+            "depth_scale": 1.0,  # a power of 2: what a depth is divided by; below 1 for codes of a fixed size (LFQ: 0.5)
         }
     )
     config.multi_scale_quantize = ConfigDict(

@@ -48,6 +48,8 @@ def train_all(config, workdir: Path) -> None:
         check_range(f"logging.{field}", config.logging[field], least=1)
     make_transform(config.data)
     mesh, sources = make_mesh(), load_sources(config.data)
+    if mesh.devices.flat[0].platform == "cpu":  # elsewhere one arena would only hold up the threads that load data
+        keep_freed_memory()
     for module in modules.values():
         module.plan(config, mesh, len(sources[0].class_names))
     claim_workdir(workdir, config)
@@ -81,7 +83,6 @@ def main(argv: list[str]) -> None:
     if {"--help", "-h", "-help"} & set(argv):
         print(f"{__doc__}\nconfigs/default.py names and explains every field.")
         return
-    keep_freed_memory()
     for name, value in QUIET_TENSORFLOW.items():
         os.environ.setdefault(name, value)
     config, workdir = read_flags(argv)

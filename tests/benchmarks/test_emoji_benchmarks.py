@@ -21,7 +21,7 @@ RESULT = {
     "num_codes": 512,
     "num_tokens": 144,
 }
-RESULT |= {"kilobits": 1.3, "step_ms": 30.0, "reconstruction": 0.01}
+RESULT |= {"step_ms": 30.0}
 
 
 def test_every_variant_builds_and_every_quantizer_has_one():

@@ -52,6 +52,17 @@ def test_the_full_recipe_trains_logs_and_saves_the_averages(tiny_config, tmp_pat
         assert (np.asarray(average) != np.asarray(last)).any()
 
 
+def test_the_other_discriminator_is_built_for_the_pictures(tiny_config):
+    config = full_recipe(tiny_config)
+    config.adversarial.discriminator = "stylegan_discriminator"
+    config.stylegan_discriminator.update(ch=8, blur=(1, 2, 1))
+    arguments, adversary, first = tokenizer_stage.plan_adversary(config)
+    assert (arguments["image_size"], arguments["ch"], first, adversary.heard_from) == (32, 8, 6, 8)
+    config.stylegan_discriminator.max_ch = 4
+    with pytest.raises(UserError, match="stylegan_discriminator.max_ch is 4"):
+        tokenizer_stage.plan(config, make_mesh(), 9)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -98,9 +98,7 @@ def run(name: str, num_steps: int, seed: int) -> dict[str, float]:
         "perplexity": held_out["perplexity"],
         "num_codes": tokenizer.num_codes,
         "num_tokens": tokenizer.num_tokens,
-        "kilobits": tokenizer.num_tokens * math.log2(tokenizer.num_codes) / 1000,
         "step_ms": typical(seconds),
-        "reconstruction": last.metrics["reconstruction"],
     }
 
 

@@ -1,8 +1,78 @@
-"""Binary codes: the bits of an id, and the entropies of bits that are drawn independently. Pure functions."""
+"""Binary codes: the bits of an id, the entropies of bits that are drawn independently, and what LFQ and BSQ share."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from vgpt_jax.errors import check_range
+from vgpt_jax.quantizers.output import QuantizerOutput
+from vgpt_jax.quantizers.quantizer import Quantizer, straight_through
+
+
+class SignQuantizer(Quantizer):
+    """Codes ``+-codebook_scale`` in every dimension by the signs of the latents; arguments as `LFQ`'s.
+
+    Args:
+      name: of the config's section, for errors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_bits: int,
+        codebook_scale: float,
+        entropy_weight: float,
+        diversity_gamma: float,
+        commitment_weight: float,
+        inverse_temperature: float,
+        entropy_group_bits: int,
+    ):
+        check_range(f"{name}.num_bits", num_bits, least=1, most=30)
+        check_range(f"{name}.codebook_scale", codebook_scale, above=0)
+        check_range(f"{name}.entropy_weight", entropy_weight, least=0)
+        check_range(f"{name}.diversity_gamma", diversity_gamma, least=0)
+        check_range(f"{name}.commitment_weight", commitment_weight, least=0)
+        check_range(f"{name}.inverse_temperature", inverse_temperature, above=0)
+        check_range(f"{name}.entropy_group_bits", entropy_group_bits, least=1, most=24)
+
+        self.num_codewords = 2**num_bits
+        self.embedding_dim = num_bits
+        self.codebook_scale = codebook_scale
+        self.entropy_weight = entropy_weight
+        self.diversity_gamma = diversity_gamma
+        self.commitment_weight = commitment_weight
+        self.inverse_temperature = inverse_temperature
+        self.entropy_group_bits = entropy_group_bits
+
+    def quantize(self, z_e: Array) -> Array:
+        """The ids ``[...]`` int32 of the signs of latents ``[..., D]``; a 0 counts as negative."""
+        self.check_width(z_e)
+        return bits_to_ids(z_e > 0)
+
+    def dequantize(self, token_ids: Array) -> Array:
+        """The codes ``[..., D]`` float32 of ids ``[...]`` in ``[0, K)``."""
+        scale = jnp.float32(self.codebook_scale)
+        return jnp.where(ids_to_bits(token_ids, self.embedding_dim), scale, -scale)
+
+    def output(self, z: Array, logits: Array) -> QuantizerOutput:
+        """The output for latents ``[..., D]`` float32 and the log-odds of their bits, of the same shape.
+
+        Its losses are "commitment" (mean squared difference) and "entropy" (nats, may be negative).
+        """
+        token_ids = self.quantize(z)
+        codes = self.dequantize(token_ids)
+        losses = {"commitment": jnp.mean((z - codes) ** 2)}
+        if self.entropy_weight:
+            sample_entropy, codebook_entropy = bit_entropies(logits, self.entropy_group_bits)
+            losses["entropy"] = sample_entropy - self.diversity_gamma * codebook_entropy
+        return QuantizerOutput(
+            z_q=straight_through(z, codes),
+            token_ids=token_ids,
+            z_e=z,
+            losses=losses,
+            loss=sum(getattr(self, f"{name}_weight") * value for name, value in losses.items()),
+        )
 
 
 def bits_to_ids(bits: Array) -> Array:

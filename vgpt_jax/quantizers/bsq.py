@@ -5,13 +5,12 @@ from flax import nnx
 from jax import Array
 
 from vgpt_jax.errors import check_range
-from vgpt_jax.quantizers.binary import bit_entropies, bits_to_ids, ids_to_bits
+from vgpt_jax.quantizers.binary import SignQuantizer
 from vgpt_jax.quantizers.output import QuantizerOutput
-from vgpt_jax.quantizers.quantizer import Quantizer, straight_through
 from vgpt_jax.quantizers.search import l2_normalize
 
 
-class BSQ(Quantizer):
+class BSQ(SignQuantizer):
     """Replaces each latent by its signs over sqrt(D): K = 2^D codes on the unit sphere, without a codebook or a search.
 
     Latents are divided by their norm first, ``u = z / |z|``. So the error of the straight-through estimator is bounded,
@@ -51,20 +50,17 @@ class BSQ(Quantizer):
         entropy_group_bits: int = 1,
         rngs: nnx.Rngs,
     ):
-        check_range("bsq.num_bits", num_bits, least=1, most=30)
-        check_range("bsq.entropy_weight", entropy_weight, least=0)
-        check_range("bsq.diversity_gamma", diversity_gamma, least=0)
-        check_range("bsq.commitment_weight", commitment_weight, least=0)
-        check_range("bsq.inverse_temperature", inverse_temperature, above=0)
-        check_range("bsq.entropy_group_bits", entropy_group_bits, least=1, most=24)
-
-        self.num_codewords = 2**num_bits
-        self.embedding_dim = num_bits
-        self.entropy_weight = entropy_weight
-        self.diversity_gamma = diversity_gamma
-        self.commitment_weight = commitment_weight
-        self.inverse_temperature = inverse_temperature
-        self.entropy_group_bits = entropy_group_bits
+        check_range("bsq.num_bits", num_bits, least=1, most=30)  # before its root is taken
+        super().__init__(
+            "bsq",
+            num_bits=num_bits,
+            codebook_scale=num_bits**-0.5,
+            entropy_weight=entropy_weight,
+            diversity_gamma=diversity_gamma,
+            commitment_weight=commitment_weight,
+            inverse_temperature=inverse_temperature,
+            entropy_group_bits=entropy_group_bits,
+        )
 
     def __call__(self, z_e: Array, key: Array | None = None) -> QuantizerOutput:
         """Quantizes latents.
@@ -77,29 +73,6 @@ class BSQ(Quantizer):
           `QuantizerOutput` with the losses "commitment" (mean squared difference) and "entropy" (nats, may be negative).
           Its ``z_e`` are the latents that were quantized: the normalized ones, u.
         """
-        token_ids = self.quantize(z_e)
-        codes = self.dequantize(token_ids)
-        u = l2_normalize(z_e.astype(jnp.float32))
-
-        losses = {"commitment": jnp.mean((u - codes) ** 2)}
-        if self.entropy_weight:
-            logits = 2.0 * self.inverse_temperature / self.embedding_dim**0.5 * u
-            sample_entropy, codebook_entropy = bit_entropies(logits, self.entropy_group_bits)
-            losses["entropy"] = sample_entropy - self.diversity_gamma * codebook_entropy
-        return QuantizerOutput(
-            z_q=straight_through(u, codes),
-            token_ids=token_ids,
-            z_e=u,
-            losses=losses,
-            loss=sum(getattr(self, f"{name}_weight") * value for name, value in losses.items()),
-        )
-
-    def quantize(self, z_e: Array) -> Array:
-        """The ids ``[...]`` int32 of the signs of latents ``[..., D]``; a 0 counts as negative."""
         self.check_width(z_e)
-        return bits_to_ids(z_e > 0)
-
-    def dequantize(self, token_ids: Array) -> Array:
-        """The codes ``[..., D]`` float32, of norm 1, of ids ``[...]`` in ``[0, K)``."""
-        scale = jnp.float32(self.embedding_dim**-0.5)
-        return jnp.where(ids_to_bits(token_ids, self.embedding_dim), scale, -scale)
+        u = l2_normalize(z_e.astype(jnp.float32))
+        return self.output(u, 2.0 * self.inverse_temperature * self.codebook_scale * u)

@@ -4,13 +4,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from vgpt_jax.errors import check_range
-from vgpt_jax.quantizers.binary import bit_entropies, bits_to_ids, ids_to_bits
+from vgpt_jax.quantizers.binary import SignQuantizer
 from vgpt_jax.quantizers.output import QuantizerOutput
-from vgpt_jax.quantizers.quantizer import Quantizer, straight_through
 
 
-class LFQ(Quantizer):
+class LFQ(SignQuantizer):
     """Replaces each latent by its signs: K = 2^D codes, the corners of a cube, without a codebook or a search.
 
     No parameters and no state. What keeps all codes in use is the entropy loss: every latent sure of its code (a low sample
@@ -51,22 +49,16 @@ class LFQ(Quantizer):
         entropy_group_bits: int = 9,
         rngs: nnx.Rngs,
     ):
-        check_range("lfq.num_bits", num_bits, least=1, most=30)
-        check_range("lfq.codebook_scale", codebook_scale, above=0)
-        check_range("lfq.entropy_weight", entropy_weight, least=0)
-        check_range("lfq.diversity_gamma", diversity_gamma, least=0)
-        check_range("lfq.commitment_weight", commitment_weight, least=0)
-        check_range("lfq.inverse_temperature", inverse_temperature, above=0)
-        check_range("lfq.entropy_group_bits", entropy_group_bits, least=1, most=24)
-
-        self.num_codewords = 2**num_bits
-        self.embedding_dim = num_bits
-        self.codebook_scale = codebook_scale
-        self.entropy_weight = entropy_weight
-        self.diversity_gamma = diversity_gamma
-        self.commitment_weight = commitment_weight
-        self.inverse_temperature = inverse_temperature
-        self.entropy_group_bits = entropy_group_bits
+        super().__init__(
+            "lfq",
+            num_bits=num_bits,
+            codebook_scale=codebook_scale,
+            entropy_weight=entropy_weight,
+            diversity_gamma=diversity_gamma,
+            commitment_weight=commitment_weight,
+            inverse_temperature=inverse_temperature,
+            entropy_group_bits=entropy_group_bits,
+        )
 
     def __call__(self, z_e: Array, key: Array | None = None) -> QuantizerOutput:
         """Quantizes latents.
@@ -78,30 +70,6 @@ class LFQ(Quantizer):
         Returns:
           `QuantizerOutput` with the losses "commitment" (mean squared difference) and "entropy" (nats, may be negative).
         """
-        z_e = z_e.astype(jnp.float32)
-        token_ids = self.quantize(z_e)
-        codes = self.dequantize(token_ids)
-
-        losses = {"commitment": jnp.mean((z_e - codes) ** 2)}
-        if self.entropy_weight:
-            # |z - c|^2 differs by 4 scale z between the two values of a bit
-            logits = 4.0 * self.inverse_temperature * self.codebook_scale * z_e
-            sample_entropy, codebook_entropy = bit_entropies(logits, self.entropy_group_bits)
-            losses["entropy"] = sample_entropy - self.diversity_gamma * codebook_entropy
-        return QuantizerOutput(
-            z_q=straight_through(z_e, codes),
-            token_ids=token_ids,
-            z_e=z_e,
-            losses=losses,
-            loss=sum(getattr(self, f"{name}_weight") * value for name, value in losses.items()),
-        )
-
-    def quantize(self, z_e: Array) -> Array:
-        """The ids ``[...]`` int32 of the signs of latents ``[..., D]``; a 0 counts as negative."""
-        self.check_width(z_e)
-        return bits_to_ids(z_e > 0)
-
-    def dequantize(self, token_ids: Array) -> Array:
-        """The codes ``[..., D]`` float32 of ids ``[...]`` in ``[0, K)``."""
-        scale = jnp.float32(self.codebook_scale)
-        return jnp.where(ids_to_bits(token_ids, self.embedding_dim), scale, -scale)
+        z = z_e.astype(jnp.float32)
+        # |z - c|^2 differs by 4 scale z between the two values of a bit
+        return self.output(z, 4.0 * self.inverse_temperature * self.codebook_scale * z)

@@ -89,7 +89,7 @@ def train(
 
     def settle(step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Reads a step's metrics, stops where too many were skipped, and logs them if it is time."""
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}  # one transfer for all
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         in_a_row = int(values.pop("skipped_in_a_row"))
         if in_a_row > max_skipped_steps or (broken and not in_a_row):

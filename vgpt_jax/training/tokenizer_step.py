@@ -273,7 +273,7 @@ def learn(adversary: Adversary, before: DiscriminatorState, gradients: nnx.State
 def operate(recipe: Recipe, state: TokenizerState, quantized, key: Array) -> TokenizerState:
     """Codebook surgery, then the averages: a code that surgery has moved is taken over as it is, not averaged."""
     tokenizer = merge_model(recipe.graph, state)
-    before = jax.tree.map(lambda x: x, nnx.state(tokenizer.quantizer, nnx.Param))
+    before = jax.tree.map(lambda x: x, nnx.state(tokenizer.quantizer, nnx.Param))  # surgery writes to the variables
     tokenizer.quantizer.surgery(quantized, key)
     _, params, buffers = nnx.split(tokenizer, nnx.Param, ...)
     state = state.replace(params=params, buffers=buffers)
