@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # glibc's malloc.h
 
@@ -11,7 +13,8 @@ def keep_freed_memory() -> None:
 
     On CPU every training step allocates hundreds of megabytes for temporaries. glibc gets large blocks from the system and
     gives them back at once, so every step touches fresh pages: a quarter of a step's processor time. Kept in one arena, the
-    pages of the step before are used again. The process holds what it needed at most.
+    pages of the step before are used again. The process holds what it needed at most. To be called before JAX starts its
+    backend, whose threads would have arenas of their own.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -21,3 +24,8 @@ def keep_freed_memory() -> None:
         mallopt(M_ARENA_MAX, 1)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 2**26)
+
+
+def accelerator_is_installed() -> bool:
+    """Whether JAX has a backend beside the CPU's to start: a plugin, or libtpu. Starts none."""
+    return bool(entry_points(group="jax_plugins")) or find_spec("libtpu") is not None

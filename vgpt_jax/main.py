@@ -12,7 +12,7 @@ from pathlib import Path
 from vgpt_jax.configuration import check_workdir, claim_workdir, read_flags
 from vgpt_jax.data.datasets import load_sources, make_transform
 from vgpt_jax.errors import UserError, check_range, choose, exit_on_user_error
-from vgpt_jax.host_memory import keep_freed_memory
+from vgpt_jax.host_memory import accelerator_is_installed, keep_freed_memory
 from vgpt_jax.progress import clock
 from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
 from vgpt_jax.training.loop import train
@@ -48,8 +48,6 @@ def train_all(config, workdir: Path) -> None:
         check_range(f"logging.{field}", config.logging[field], least=1)
     make_transform(config.data)
     mesh, sources = make_mesh(), load_sources(config.data)
-    if mesh.devices.flat[0].platform == "cpu":  # elsewhere one arena would only hold up the threads that load data
-        keep_freed_memory()
     for module in modules.values():
         module.plan(config, mesh, len(sources[0].class_names))
     claim_workdir(workdir, config)
@@ -83,6 +81,8 @@ def main(argv: list[str]) -> None:
     if {"--help", "-h", "-help"} & set(argv):
         print(f"{__doc__}\nconfigs/default.py names and explains every field.")
         return
+    if not accelerator_is_installed():  # there one arena would only hold up the threads that load data
+        keep_freed_memory()
     for name, value in QUIET_TENSORFLOW.items():
         os.environ.setdefault(name, value)
     config, workdir = read_flags(argv)
