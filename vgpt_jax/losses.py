@@ -34,7 +34,8 @@ def cross_entropy(logits: Array, labels: Array, label_smoothing: float = 0.0) ->
       ``[...]`` float32.
     """
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    hit = -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
+    is_label = jnp.arange(logits.shape[-1]) == labels[..., None]  # not a gather, whose gradient would be a scatter
+    hit = -jnp.sum(jnp.where(is_label, log_probs, 0.0), axis=-1)
     if not label_smoothing:
         return hit
     return (1.0 - label_smoothing) * hit - label_smoothing * jnp.mean(log_probs, axis=-1)
