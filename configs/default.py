@@ -231,13 +231,28 @@ def get_config() -> ConfigDict:
 
     config.gpt = ConfigDict(
         {
+            "size": "",  # "S", "B", "L", "XL", "XXL" or "3B": the three below by name; "": they count
             "d_model": 768,
             "num_layers": 12,
             "num_heads": 12,
-            "num_positions": 0,  # rows of the position table; 0: the tokens of a picture
+            "num_kv_heads": 0,  # heads of keys and values, shared by the queries'; 0: num_heads
+            "norm": "layer_norm",  # GPT-2's block: "layer_norm", "gelu", "learned", bias; Llama's: "rms_norm", "swiglu",
+            "norm_epsilon": 1e-5,
+            "mlp": "gelu",  # "rotary_2d", no bias
+            "mlp_width": 0,  # 0: 4 D, of "swiglu" two thirds of that
+            "positions": "learned",  # "learned", "rotary", "rotary_2d" or "rotary_llamagen"
+            "rotary_base": 10_000.0,
+            "num_positions": 0,  # rows of the table of learned positions; 0: as many as there are
+            "qk_norm": False,
+            "bias": True,
+            "conditioning": "token",  # "token", "adaptive_norm" or "both": how the class comes in
+            "random_order": False,  # targets are told: trained in random orders, and writes in any
             "embedding_dropout": 0.1,
             "residual_dropout": 0.1,
             "attention_dropout": 0.1,
+            "token_dropout": 0.0,  # share of the input tokens that are hidden
+            "class_dropout": 0.0,  # share of the pictures whose class is hidden; guidance needs some, 0.1
+            "drop_path": 0.0,
             "tie_weights": True,
             "dtype": "float32",
         }
@@ -246,7 +261,8 @@ def get_config() -> ConfigDict:
         {
             "batch_size": 16,
             "num_steps": 100_000,
-            "unconditional_share": 0.0,  # share of the sequences that begin with the begin token instead of their class
+            "random_until": 0.5,  # with gpt.random_order: share of num_steps up to which every order is random;
+            "raster_from": 0.75,  # from there fewer and fewer, and from this share on none. 1 and 1: random throughout
             "ema_decay": 0.0,  # of the averaged weights, which are evaluated and saved; 0: the last ones are
             "init_from": "",  # folder of a trained generator to start from
             "optimizer": optimizer(5e-6),
@@ -274,6 +290,12 @@ def get_config() -> ConfigDict:
             "temperature": 1.0,
             "top_k": 100,  # 0: all codes
             "top_p": 0.95,  # 1: all codes
+            "min_p": 0.0,  # least probability, as a share of the most probable code's; 0: all codes
+            "guidance": 1.0,  # scale; 1: none
+            "guidance_schedule": "constant",  # "constant", "linear", "power_cosine" or "cut_off"
+            "guidance_power": 1.0,  # of "power_cosine", or the share of the tokens that "cut_off" guides
+            "order": "raster",  # or "random", with gpt.random_order
+            "num_steps": 0,  # with gpt.random_order: steps of several tokens each; 0: a token a step
             "num": 4,  # pictures a class, for at most 12 classes
         }
     )

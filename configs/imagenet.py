@@ -1,4 +1,4 @@
-"""ImageNet, 1000 classes, 256 px: VQ-GAN f16 with 16,384 l2-normalised codes of 8 dimensions, and a GPT of 12 layers.
+"""ImageNet, 1000 classes, 256 px: VQ-GAN f16 with 16,384 l2-normalised codes of 8 dimensions, and LlamaGen-B.
 
 The tokenizer of LlamaGen (Sun et al. 2024, arXiv 2406.06525, VQ-16: 40 epochs at batch 128), after ViT-VQGAN (arXiv
 2110.04627); averaged weights, a warm-up of the discriminator and replacement of unused codes are added.
@@ -31,8 +31,17 @@ def get_config():
     config.adversarial.update(start=20_000, warmup_steps=1000, ramp_steps=4000, weight=0.5)
     config.adversarial.optimizer.update(learning_rate=1e-4, b2=0.95, grad_clip=1.0)
     config.patchgan.dtype = "bfloat16"
-    config.gpt.update(d_model=768, num_layers=12, num_heads=12, dtype="bfloat16")
-    config.generator_training.update(batch_size=256, num_steps=1_500_000, unconditional_share=0.1, ema_decay=0.9999)
+    config.gpt.update(
+        size="B",
+        norm="rms_norm",
+        mlp="swiglu",
+        positions="rotary_2d",
+        bias=False,
+        tie_weights=False,
+        class_dropout=0.1,
+        dtype="bfloat16",
+    )
+    config.generator_training.update(batch_size=256, num_steps=1_500_000, ema_decay=0.9999)
     config.generator_training.optimizer.update(learning_rate=1e-4, b2=0.95, weight_decay=0.05, grad_clip=1.0)
     config.logging.update(log_every=100, eval_every=10_000, checkpoint_every=5000)
     return config

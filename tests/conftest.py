@@ -80,3 +80,106 @@ def trained(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("trained")
     train_all(make_tiny_config(), workdir)
     return workdir
+
+
+@pytest.fixture
+def error_of(capsys):
+    """Runs a command line that is wrong, and returns the one line that it says."""
+
+    def run(command, *arguments: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            command(*arguments)
+        assert stopped.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert lines[-1].startswith("error: ")
+        return lines[-1]
+
+    return run
+
+
+TOY_TOKENIZER = {  # 16 px, 4x4 tokens of 32 codes
+    "image_size": 16,
+    "architecture": "vqvae",
+    "architecture_args": {"ch": 8, "z_channels": 8, "num_downsamplings": 2, "num_res_blocks": 1, "res_channels": 4},
+    "quantizer": "fsq",
+    "quantizer_args": {"levels": [4, 8]},
+}
+TOY_GPT = {"num_codes": 32, "num_classes": 3, "num_tokens": 16, "d_model": 32, "num_layers": 2, "num_heads": 2}
+TOY_CLASSIFIER = {"num_classes": 3, "value_range": [-1.0, 1.0], "widths": [8, 8]}
+
+
+def random_module(make, gain: float):
+    """``make()`` with random weights, matrices with so much gain that what they give is far from uniform. Compiles nothing."""
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    rng = np.random.default_rng(7)
+
+    def draw(path, x):
+        if x.ndim < 2:
+            return jax.numpy.full(x.shape, "scale" in jax.tree_util.keystr(path), x.dtype)
+        return jax.numpy.asarray(rng.normal(0, gain / np.prod(x.shape[:-1]) ** 0.5, x.shape), x.dtype)
+
+    graph, state = nnx.split(nnx.eval_shape(make))
+    return nnx.merge(graph, jax.tree.map_with_path(draw, state))
+
+
+@pytest.fixture(scope="session", name="random_module")
+def _random_module():
+    return random_module
+
+
+def make_toy(random_order: bool):
+    from flax import nnx
+
+    from vgpt_jax.models.gpt import GPT
+    from vgpt_jax.models.tokenizer import Tokenizer
+    from vgpt_jax.sampling.cond_visual_gpt import CondVisualGPT
+
+    arguments = TOY_GPT | {"random_order": random_order, "class_dropout": 0.1 if random_order else 0.0}
+    return CondVisualGPT(
+        random_module(lambda: Tokenizer(**TOY_TOKENIZER, rngs=nnx.Rngs(0)), 1.5),
+        random_module(lambda: GPT(**arguments, rngs=nnx.Rngs(0)), 3.0),
+        class_names=("Cats", "Big Dogs", "Small Dogs"),
+        value_range=(-1.0, 1.0),
+    )
+
+
+@pytest.fixture(scope="session")
+def raster_toy():
+    """A `CondVisualGPT` of random weights that writes in raster order, without guidance: three classes, 4x4 of 32 codes."""
+    return make_toy(random_order=False)
+
+
+@pytest.fixture(scope="session")
+def random_toy():
+    """The same in random order, with guidance."""
+    return make_toy(random_order=True)
+
+
+@pytest.fixture(scope="session")
+def toy_classifier():
+    """A classifier of random weights for the pictures of both, in -1..1."""
+    from flax import nnx
+
+    from vgpt_jax.models.classifier import ConvClassifier
+
+    return random_module(lambda: ConvClassifier(**TOY_CLASSIFIER, rngs=nnx.Rngs(0)), 2.0)
+
+
+@pytest.fixture(scope="session")
+def random_workdir(random_toy, toy_classifier, tmp_path_factory) -> Path:
+    """A workdir with ``random_toy`` and ``toy_classifier``. Not to be written to."""
+    from vgpt_jax.training.saved_model import save_model
+
+    workdir = tmp_path_factory.mktemp("random_toy")
+    names = {"class_names": list(random_toy.class_names)}
+    of_tokenizer = save_model(
+        workdir / "tokenizer" / "model", "tokenizer", random_toy.tokenizer, TOY_TOKENIZER, value_range=[-1.0, 1.0]
+    )
+    names_and_tokenizer = names | {"tokenizer_fingerprint": of_tokenizer["fingerprint"]}
+    arguments = TOY_GPT | {"random_order": True, "class_dropout": 0.1}
+    save_model(workdir / "generator" / "model", "gpt", random_toy.gpt, arguments, **names_and_tokenizer)
+    save_model(workdir / "classifier" / "model", "classifier", toy_classifier, TOY_CLASSIFIER, **names)
+    return workdir

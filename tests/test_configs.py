@@ -85,17 +85,16 @@ def test_the_generator_builds_and_steps(name):
     config = get_config(name)
     training = config.generator_training
     tokenizer = abstract_tokenizer(config)
-    num_tokens = tokenizer.grid[0] * tokenizer.grid[1]
     arguments = gpt_arguments(config, tokenizer, 120)
     batch = {
-        "token_ids": jax.ShapeDtypeStruct((training.batch_size, num_tokens), jnp.int32),
+        "token_ids": jax.ShapeDtypeStruct((training.batch_size, tokenizer.num_tokens), jnp.int32),
         "label": jax.ShapeDtypeStruct((training.batch_size,), jnp.int32),
     }
     before, after, metrics = abstract_step(
         lambda rngs: GPT(**arguments, rngs=rngs),
         training,
         lambda graph, optimizer: generator_stage.make_train_step(
-            graph, optimizer, training.unconditional_share, training.ema_decay
+            graph, optimizer, training.ema_decay, generator_stage.phases(config)[0]
         ),
         batch,
         averaged=training.ema_decay > 0,
@@ -129,8 +128,8 @@ def test_stanford_dogs_is_as_published():
     assert (adversary.weight, adversary.max_adaptive_weight, adversary.lecam_weight) == (0.8, 1e4, 0.0)
     arguments = gpt_arguments(config, tokenizer, 120)
     gpt = nnx.eval_shape(lambda: GPT(**arguments, rngs=nnx.Rngs(0)))
-    assert gpt.vocab_size == 4096 + 120 + 2
-    assert (len(gpt.blocks), gpt.d_model, gpt.num_heads) == (12, 768, 12)
+    assert gpt.token_embedding.shape == (4096 + 120 + 2, 768)
+    assert (len(gpt.blocks), gpt.head_dim) == (12, 64)
 
 
 @pytest.mark.parametrize("name", [c for c in CONFIGS if c != "default"])

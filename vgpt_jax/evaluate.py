@@ -23,6 +23,7 @@ from vgpt_jax.data.transforms import to_uint8
 from vgpt_jax.errors import UserError, exit_on_user_error
 from vgpt_jax.evaluation.metrics import codebook_metrics
 from vgpt_jax.evaluation.runner import mean_over, summed
+from vgpt_jax.sampling.cond_visual_gpt import Samples
 from vgpt_jax.sampling.rerank import ClassConditionedRejectionSampler
 from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
 from vgpt_jax.training.metric_log import curves
@@ -59,8 +60,9 @@ def measure(workdir: Path, *, num: int, accept_n: int, seed: int) -> tuple[dict[
       UserError: a stage is not finished, or the parts do not fit each other.
     """
     config = read_config(workdir)
-    sampler = ClassConditionedRejectionSampler.from_pretrained(workdir)
-    model, mesh = sampler.model, make_mesh()
+    mesh = make_mesh()
+    sampler = ClassConditionedRejectionSampler.from_pretrained(workdir, mesh)
+    model = sampler.model
     _, held_out = load_sources(config.data)
     transform = make_transform(config.data)
     fingerprint = read_metadata(workdir / "tokenizer" / "model", "tokenizer")["fingerprint"]
@@ -79,13 +81,14 @@ def measure(workdir: Path, *, num: int, accept_n: int, seed: int) -> tuple[dict[
         held_out,
         transform.evaluate,
     )
-    nats = mean_of(model.gpt, generator_stage.held_out_metrics, held_out_tokens, lambda e: e)["nats_per_token"]
+    generated = mean_of(model.gpt, generator_stage.held_out_metrics, held_out_tokens, lambda e: e)
+    nats = generated["nats_per_token"]
     classified = mean_of(sampler.classifier, classifier_stage.held_out_metrics, held_out, transform.evaluate)
     unigram = generator_stage.unigram_nats(tokens)
 
-    options = generator_stage.sampling_options(config)
     begun = time.monotonic()
-    samples = sampler.sample(range(len(model.class_names)), num=num, accept_n=accept_n, seed=seed, **options)
+    labels, drawing = model.labels(range(len(model.class_names)), num), generator_stage.drawing_of(config, seed)
+    samples = Samples.joined(list(model.draw(labels, drawing, accept_n=accept_n, score=sampler.score)))
     seconds = time.monotonic() - begun
 
     figures = {
@@ -100,7 +103,7 @@ def measure(workdir: Path, *, num: int, accept_n: int, seed: int) -> tuple[dict[
         counts = np.bincount(source.token_ids.ravel(), minlength=model.tokenizer.num_codes)
         figures |= {f"tokenizer/{part}_{name}": value for name, value in codebook_metrics(counts).items()}
     figures |= {
-        "generator/nats_per_token": nats,
+        **{f"generator/{name}": value for name, value in generated.items()},
         "generator/bits_per_token": nats / np.log(2),
         "generator/unigram_nats": unigram,
         "generator/share_below_unigram": 1 - nats / unigram,
@@ -141,6 +144,11 @@ def table(figures: dict[str, float]) -> str:
         "codes in use, held-out token cache": codes("held_out"),
         "codes in use, training token cache": codes("training"),
         "generator, held-out": f"{nats:.3f} nats ({bits:.3f} bits) a token",
+        **(
+            {"the same, in random order": f"{f['generator/random_order_nats_per_token']:.3f} nats a token"}
+            if "generator/random_order_nats_per_token" in f
+            else {}
+        ),
         "entropy of single training tokens": f"{unigram:.3f} nats; the generator is {below:.1%} below",
         "classifier, held-out accuracy": f"{f['classifier/accuracy']:.1%}",
         "classifier's score of the class, one sample": f"{f['sampling/score_of_one']:.3f}",

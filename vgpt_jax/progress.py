@@ -13,12 +13,14 @@ def on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
-def progress(items: Iterable[T], what: str, seconds_between_lines: float = 10.0) -> Iterator[T]:
-    """Yields ``items`` and shows how many are done, on standard error.
+def progress(
+    items: Iterable[T], what: str, total: int | None = None, seconds_between_lines: float = 10.0
+) -> Iterator[T]:
+    """Yields ``items`` and shows how many of ``total``, or of their number if they have one, are done, on standard error.
 
     Where there is no terminal, a line is printed at the start, every ``seconds_between_lines``, and at the end.
     """
-    total = len(items) if isinstance(items, Sized) else None
+    total = len(items) if isinstance(items, Sized) else total
     if on_terminal():
         from tqdm import tqdm
 

@@ -3,25 +3,51 @@
     python -m vgpt_jax.sample --from_pretrained DIR --cls_name smileys flags --accept_n 10 --temperature 1.3 --top_k 100 \
         --top_p 0.9 --save_path out.gif
 
-writes ``out.gif``, ``out.png`` (the finished pictures) and ``out.json`` (scores, token ids and all settings).
+writes ``out.gif``, ``out.png`` (the finished pictures) and ``out.json`` (scores, seeds, token ids and all settings), and with
+``--files`` every picture by itself in ``out/``. ``--complete PICTURE --keep top`` keeps a part of a picture and draws the rest;
+``--again out.json --pick 3`` makes pictures of a record again.
 """
 
 import argparse
-import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from vgpt_jax.data.transforms import to_uint8
 from vgpt_jax.errors import UserError, exit_on_user_error
-from vgpt_jax.sampling.cond_visual_gpt import CondVisualGPT
+from vgpt_jax.host_memory import accelerator_is_installed, keep_freed_memory
+from vgpt_jax.progress import progress
+from vgpt_jax.sampling.class_names import slug
+from vgpt_jax.sampling.completion import Completion, read_completion
+from vgpt_jax.sampling.cond_visual_gpt import CondVisualGPT, Samples
+from vgpt_jax.sampling.guidance import GUIDANCE_SCHEDULES
 from vgpt_jax.sampling.progressive import decode_so_far
-from vgpt_jax.sampling.rerank import ClassConditionedRejectionSampler, RankedSamples
+from vgpt_jax.sampling.record import Record, read_record
+from vgpt_jax.sampling.request import ORDERS, Drawing
+from vgpt_jax.sampling.rerank import ClassConditionedRejectionSampler
+from vgpt_jax.training.sharding import make_mesh
 from vgpt_jax.visualization.gif import frame_counts, patch_reveal, save_gif
 from vgpt_jax.visualization.grid import enlarge, make_grid, save_png, scale_for
 
 VIEWS = ("decoding", "patches", "both")
+IN_GIF, IN_GRID, MAX_COLUMNS = 16, 256, 16
+"""Pictures of a request that the GIF and the grid show, the first ones; and how many of a class the grid has in a row."""
+
+DRAWING_OPTIONS = (
+    ("temperature", float, "above 0"),
+    ("top_k", int, "draw from the k most probable codes only; 0: all"),
+    ("top_p", float, "draw from the nucleus of this probability only; 1: all"),
+    ("min_p", float, "draw from codes at least so many times as probable as the most probable only; 0: all"),
+    ("guidance", float, "scale of classifier-free guidance; 1: none"),
+    ("guidance_schedule", str, "how the scale goes over the tokens"),
+    ("guidance_power", float, "of the schedule: its exponent, or the share of guided tokens of cut_off"),
+    ("order", str, "of writing"),
+    ("num_steps", int, "write in so many steps, several tokens each; 0: a token a step"),
+    ("seed", int, "same seed, same pictures"),
+)
+CHOICES = {"guidance_schedule": tuple(GUIDANCE_SCHEDULES), "order": ORDERS}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +64,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="python -m vgpt_jax.sample", description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--from_pretrained", required=True, metavar="DIR", help="the workdir of a finished training")
-    add("--cls_name", nargs="+", required=True, metavar="NAME", help="classes: exactly, or a part that fits only one")
+    add("--cls_name", nargs="+", metavar="NAME", help="classes: exactly, or a part that fits only one")
     add(
         "--accept_n",
         type=int,
@@ -46,9 +72,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="candidates for each picture; the classifier keeps the best (default 10)",
     )
     add("--num", type=int, default=1, help="pictures of each class (default 1)")
-    add("--temperature", type=float, default=1.0, help="above 0 (default 1)")
-    add("--top_k", type=int, default=0, help="draw from the k most probable codes only; 0: all (default)")
-    add("--top_p", type=float, default=1.0, help="draw from the nucleus of this probability only; 1: all (default)")
+    for name, kind, text in DRAWING_OPTIONS:
+        default = getattr(Drawing, name)
+        add(f"--{name}", type=kind, default=default, choices=CHOICES.get(name), help=f"{text} (default {default})")
     add(
         "--z_shape",
         type=int,
@@ -56,7 +82,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar=("h", "w"),
         help="token grid; must be the one that the model was trained on",
     )
-    add("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
+    add("--complete", metavar="PICTURE", help="keep a part of this picture and draw the rest")
+    add(
+        "--keep", metavar="top|left|MASK", help="with --complete: the part, or a picture that is white where it is kept"
+    )
+    add("--again", metavar="PATH.json", help="make the pictures of this record again, without other candidates")
+    add("--pick", type=int, nargs="+", metavar="I", help="with --again: which of them, counted from 0 (default all)")
     add(
         "--view",
         choices=VIEWS,
@@ -65,33 +96,101 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "finished picture, or both, one above the other",
     )
     add(
+        "--files",
+        action="store_true",
+        help=f"write every picture by itself too, into the folder PATH/; more than {IN_GRID} are always",
+    )
+    add(
         "--save_path",
         default="samples.gif",
         metavar="PATH.gif",
-        help="the grid and the scores go beside it (default samples.gif)",
+        help="the grid and the record go beside it (default samples.gif)",
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if bool(arguments.cls_name) == bool(arguments.again):
+        parser.error("give either --cls_name or --again")
+    if bool(arguments.complete) != bool(arguments.keep):
+        parser.error("--complete and --keep belong together")
+    if arguments.again:
+        for name in ("accept_n", "num", "complete", *(name for name, *_ in DRAWING_OPTIONS)):
+            if getattr(arguments, name) != parser.get_default(name):
+                parser.error(f"--again draws what its record drew, and as it did: leave --{name} out")
+    if arguments.pick and not arguments.again:
+        parser.error("--pick chooses from the pictures of --again")
+    return arguments
 
 
-def animation(model: CondVisualGPT, samples: RankedSamples, view: str, max_frames: int = 64) -> np.ndarray:
-    """Frames ``[F, H', W', 3]`` uint8 of the decoding, pictures side by side, at most eight in a row."""
-    grid = model.tokenizer.grid
-    counts = frame_counts(model.tokenizer.num_tokens, max_frames)
-    finished = to_uint8(samples.images, (0, 1))
+def animation(model: CondVisualGPT, samples: Samples, view: str, num_given: int, max_frames: int = 64) -> Iterator:
+    """Frames ``[H', W', 3]`` uint8 of the decoding, pictures side by side, at most eight in a row.
+
+    Args:
+      model: that drew them.
+      samples: the pictures.
+      view: one of ``VIEWS``.
+      num_given: tokens that were kept of a given picture, and are there from the start.
+      max_frames: at most so many frames.
+    """
+    tokenizer = model.tokenizer
+    counts = num_given + frame_counts(tokenizer.num_tokens - num_given, max_frames)
     rows = []
     if view in ("decoding", "both"):
-        rows.append(to_uint8(decode_so_far(model, samples.token_ids, counts), (0, 1)))
+        frames = decode_so_far(model, samples.token_ids, samples.orders, counts)
+        rows.append(to_uint8(frame, (0, 1)) for frame in frames)
     if view in ("patches", "both"):
-        written = counts * (grid[0] * grid[1]) // model.tokenizer.num_tokens  # positions whose tokens are all there
-        rows.append(patch_reveal(finished, grid, written))
-    columns = min(8, len(finished))
-    scale = scale_for(finished.shape[1])
-    return np.stack(
-        [
-            np.concatenate([make_grid(enlarge(pictures[i], scale), columns) for pictures in rows])
-            for i in range(len(counts))
-        ]
+        places, orders = tokenizer.grid[0] * tokenizer.grid[1], samples.orders
+        if tokenizer.num_tokens != places:  # several tokens a place: as many places as are finished in raster order
+            orders = np.arange(places)[None]
+        rows.append(
+            patch_reveal(
+                to_uint8(samples.images, (0, 1)), tokenizer.grid, orders, counts * places // tokenizer.num_tokens
+            )
+        )
+    for pictures in zip(*rows, strict=True):
+        yield np.concatenate([layout(row) for row in pictures])
+
+
+def layout(pictures: np.ndarray) -> np.ndarray:
+    """Pictures ``[M, H, W, 3]`` uint8 side by side, enlarged if they are small."""
+    return make_grid(enlarge(pictures, scale_for(pictures.shape[1])), min(8, len(pictures)))
+
+
+def completion_grid(completion: Completion, pictures: np.ndarray, num: int, row_names: list[str]) -> np.ndarray:
+    """Each row: the given picture, what is kept of it, and the completions ``[M, H, W, 3]`` uint8 of a class."""
+    before = to_uint8(completion.image, (0, 1))
+    cells = np.repeat(
+        np.repeat(completion.kept, len(before) // len(completion.kept), 0), len(before) // len(completion.kept), 1
     )
+    kept = np.where(cells[..., None], before, np.uint8(200))
+    rows = [np.concatenate([before[None], kept[None], pictures[i : i + num]]) for i in range(0, len(pictures), num)]
+    return make_grid(enlarge(np.concatenate(rows), scale_for(len(before))), num + 2, row_names=row_names)
+
+
+def draw_again(sampler: ClassConditionedRejectionSampler, record: Record, pick: list[int] | None) -> Iterator[Samples]:
+    """The pictures of a record, or some of them.
+
+    Raises:
+      UserError: a picture that is not in the record, or a record of another model.
+    """
+    for i in pick or ():
+        if not 0 <= i < len(record.pictures):
+            raise UserError(f"--pick {i}, but the record has pictures 0 to {len(record.pictures) - 1}")
+    chosen = [record.pictures[i] for i in pick] if pick else record.pictures
+    labels, indices = (np.array([picture[name] for picture in chosen], np.int32) for name in ("label", "index"))
+    classes = len(sampler.model.class_names)
+    for label in labels:
+        if not 0 <= label < classes:
+            raise UserError(f"the record is of another model: there is no label {label} among the {classes} classes")
+    return sampler.model.draw(
+        labels, record.drawing, score=sampler.score, indices=indices, completion=completion_of(sampler, record.settings)
+    )
+
+
+def completion_of(sampler: ClassConditionedRejectionSampler, settings: dict) -> Completion | None:
+    """What ``--complete`` and ``--keep`` ask for, or None."""
+    if not settings["complete"]:
+        return None
+    tokenizer = sampler.model.tokenizer
+    return read_completion(settings["complete"], settings["keep"], tokenizer.image_size, tokenizer.grid)
 
 
 @exit_on_user_error
@@ -104,38 +203,108 @@ def main(argv: list[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)  # before anything is drawn for nothing
     except OSError as error:
         raise UserError(f"--save_path {path} cannot be written ({error.strerror})") from error
-    sampler = ClassConditionedRejectionSampler.from_pretrained(arguments.from_pretrained)
+    before = read_record(Path(arguments.again)) if arguments.again else None
+    if not accelerator_is_installed():
+        keep_freed_memory()
+    sampler = ClassConditionedRejectionSampler.from_pretrained(arguments.from_pretrained, make_mesh())
     model = sampler.model
     if arguments.z_shape and tuple(arguments.z_shape) != tuple(model.tokenizer.grid):
         raise UserError(
             f"--z_shape is {tuple(arguments.z_shape)}, but the model writes grids of {tuple(model.tokenizer.grid)}"
         )
 
-    options = {name: getattr(arguments, name) for name in ("num", "accept_n", "temperature", "top_k", "top_p", "seed")}
-    samples = sampler.sample(arguments.cls_name, **options)
-    names = [model.class_names[label] for label in samples.labels]
-
+    settings = {
+        name: getattr(arguments, name)
+        for name in ("from_pretrained", "cls_name", "num", "accept_n", "complete", "keep")
+    }
+    if before is not None:
+        settings = before.settings | {"from_pretrained": arguments.from_pretrained, "accept_n": 1, "num": 1}
+        drawing, total = before.drawing, len(arguments.pick or before.pictures)
+        batches = draw_again(sampler, before, arguments.pick)
+    else:
+        drawing = Drawing(**{name: getattr(arguments, name) for name, *_ in DRAWING_OPTIONS})
+        labels = model.labels(arguments.cls_name, arguments.num)
+        total = len(labels)
+        batches = model.draw(
+            labels,
+            drawing,
+            accept_n=arguments.accept_n,
+            score=sampler.score,
+            completion=completion_of(sampler, settings),
+        )
+    record = Record(settings, drawing, [])
+    folder = path.with_suffix("") if arguments.files or total > IN_GRID else None
     try:
-        pictures = enlarge(to_uint8(samples.images, (0, 1)), scale_for(samples.images.shape[1]))
-        row_names = [model.class_names[i] for i in model.class_ids(arguments.cls_name)]
-        save_png(make_grid(pictures, arguments.num, row_names=row_names), path.with_suffix(".png"))
-        save_gif(animation(model, samples, arguments.view), path)
-        record = {
-            "from_pretrained": str(arguments.from_pretrained), **options,
-            "pictures": [
-                {"class": name, "score": float(score), "chosen": int(chosen), "candidate_scores": candidates.tolist(),
-                 "token_ids": ids.tolist()}
-                for name, score, chosen, candidates, ids in zip(
-                    names, samples.scores, samples.chosen, samples.candidate_scores, samples.token_ids, strict=True)
-            ],
-        }  # fmt: skip
-        path.with_suffix(".json").write_text(json.dumps(record) + "\n")
+        shown = draw(model, batches, total, record, path, folder)
+        write_pictures(model, shown, record, arguments.view, path, completion_of(sampler, settings))
     except OSError as error:
         raise UserError(f"--save_path {path} cannot be written ({error.strerror})") from error
+    report(record, before, arguments.pick)
+    written = [path, path.with_suffix(".png"), path.with_suffix(".json"), *([folder] if folder else [])]
+    print(f"written: {', '.join(map(str, written))}")
 
-    for name, score, candidates in zip(names, samples.scores, samples.candidate_scores, strict=True):
-        print(f"{name}: score {score:.3f}, best of {len(candidates)} (mean {candidates.mean():.3f})")
-    print(f"written: {path}, {path.with_suffix('.png')}, {path.with_suffix('.json')}")
+
+def draw(
+    model: CondVisualGPT, batches: Iterator[Samples], total: int, record: Record, path: Path, folder: Path | None
+) -> Samples:
+    """Draws batch after batch; after each its files and the record are on disk.
+
+    Returns:
+      As many of the first pictures as the grid shows.
+    """
+    shown: list[Samples] = []
+    count = 0
+
+    def one_by_one():
+        nonlocal count
+        for samples in batches:
+            if count < IN_GRID:
+                shown.append(samples)
+            if folder is not None:
+                for i, picture in enumerate(to_uint8(samples.images, (0, 1))):
+                    name = slug(model.class_names[samples.labels[i]])
+                    save_png(picture, folder / f"{count + i:06d}_{name}.png")
+            record.add(model, samples)
+            record.write(path.with_suffix(".json"))
+            count += len(samples.labels)
+            yield from samples.labels
+
+    for _ in progress(one_by_one(), "drawing", total):
+        pass
+    return Samples.joined(shown)
+
+
+def write_pictures(
+    model: CondVisualGPT, samples: Samples, record: Record, view: str, path: Path, completion: Completion | None
+) -> None:
+    """The grid and the GIF."""
+    pictures = to_uint8(samples.images, (0, 1))[:IN_GRID]
+    num = record.settings["num"]
+    columns = min(num, MAX_COLUMNS)
+    row_names = [model.class_names[label] for label in samples.labels[:IN_GRID:num]] if num == columns else []
+    if completion is not None:
+        grid = completion_grid(completion, pictures, num, row_names)
+    else:
+        grid = make_grid(enlarge(pictures, scale_for(pictures.shape[1])), columns, row_names=row_names)
+    save_png(grid, path.with_suffix(".png"))
+    first = Samples(**{name: None if value is None else value[:IN_GIF] for name, value in vars(samples).items()})
+    num_given = 0 if completion is None else int(completion.kept.sum()) * (model.gpt.num_tokens // completion.kept.size)
+    num_frames = len(frame_counts(model.gpt.num_tokens - num_given, 64))
+    finished = layout(pictures[:IN_GIF])
+    save_gif(animation(model, first, view, num_given), path, palette_from=finished, num_frames=num_frames)
+
+
+def report(record: Record, before: Record | None, pick: list[int] | None) -> None:
+    """Prints the scores, and for pictures made again how many have the tokens that they had."""
+    if before is not None:
+        chosen = [before.pictures[i] for i in pick] if pick else before.pictures
+        same = sum(new["token_ids"] == old["token_ids"] for new, old in zip(record.pictures, chosen, strict=True))
+        print(f"made again: {same} of {len(chosen)} with the same tokens")
+    for picture in record.pictures[:IN_GIF]:
+        scores = picture["candidate_scores"]
+        print(f"{picture['class']}: score {picture['score']:.3f}, best of {len(scores)} (mean {np.mean(scores):.3f})")
+    if len(record.pictures) > IN_GIF:
+        print(f"mean score of {len(record.pictures)}: {np.mean([p['score'] for p in record.pictures]):.3f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Token generation: prefill the condition and what is given, then `lax.scan` over the rest, with a key-value cache.
 
 Layers are unrolled and lengths static. The cache grows from segment to segment, so that early positions do not read what is not
-written yet. Everything here is to be traced; `sampling.draw` compiles it together with the decoder.
+written yet. Everything here is to be traced; `sampling.program` compiles it together with the decoder.
 """
 
 import jax

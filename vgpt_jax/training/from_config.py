@@ -5,6 +5,7 @@ from typing import Any
 from flax import nnx
 
 from vgpt_jax.errors import choose
+from vgpt_jax.models.gpt import SIZES
 from vgpt_jax.models.layers import DTYPES
 from vgpt_jax.models.patchgan import PatchGAN
 from vgpt_jax.models.stylegan_discriminator import StyleGANDiscriminator
@@ -67,9 +68,16 @@ def abstract_tokenizer(config) -> Tokenizer:
 
 
 def gpt_arguments(config, tokenizer: Tokenizer, num_classes: int) -> dict[str, Any]:
-    """The arguments of `GPT` but ``rngs``, for a tokenizer, abstract or not."""
+    """The arguments of `GPT` but ``rngs``, for a tokenizer, abstract or not.
+
+    Raises:
+      UserError: the config names a size that is not there.
+    """
     sizes = {"num_codes": tokenizer.num_codes, "num_classes": num_classes, "num_tokens": tokenizer.num_tokens}
-    return sizes | config.gpt.to_dict()
+    sizes["grid"] = list(tokenizer.grid) if tokenizer.token_shape == tuple(tokenizer.grid) else []
+    arguments = config.gpt.to_dict()
+    size = arguments.pop("size")
+    return sizes | arguments | (choose("gpt.size", size, SIZES) if size else {})
 
 
 def classifier_arguments(config, num_classes: int) -> dict[str, Any]:

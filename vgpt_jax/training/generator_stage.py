@@ -1,5 +1,6 @@
 """Stage 2: the generator learns to write the token grids of the frozen tokenizer."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from vgpt_jax.evaluation.runner import Evaluation, mean_over, summed
 from vgpt_jax.losses import cross_entropy
 from vgpt_jax.models.gpt import GPT
 from vgpt_jax.models.tokenizer import Tokenizer
-from vgpt_jax.sampling.cond_visual_gpt import CondVisualGPT
-from vgpt_jax.sampling.generate import check_sampling_options
+from vgpt_jax.sampling.cond_visual_gpt import CondVisualGPT, Samples
+from vgpt_jax.sampling.request import Drawing
 from vgpt_jax.training.from_config import abstract_tokenizer, gpt_arguments
 from vgpt_jax.training.optimizer import make_optimizer
 from vgpt_jax.training.saved_model import load_model, save_model
@@ -43,28 +44,35 @@ ENCODE_BATCH = 32
 MAX_CLASSES_SHOWN = 12
 
 
+RandomShare = Callable[[jax.Array], jax.Array]
+"""The number of a step to the share of the pictures whose order of writing is random."""
+
+
 def make_train_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, unconditional_share: float, ema_decay: float = 0.0
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float = 0.0,
+    random_share: RandomShare | None = None,
 ):
     """The pure step; the batch has ``token_ids`` ``[B, N]`` and ``label`` ``[B]``. The loss is over image tokens only.
 
     Args:
       graph: of the GPT.
       optimizer: of its parameters.
-      unconditional_share: share of the sequences that begin with the begin token instead of their class.
       ema_decay: of the averaged parameters; 0: there are none.
+      random_share: for generators of random order (RAR, arXiv 2411.00776); None: raster order.
     """
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        dropout_key, condition_key = jax.random.split(state.step_key())
+        dropout_key, order_key = jax.random.split(state.step_key())
+        orders = None
+        if random_share is not None:
+            orders = draw_orders(order_key, batch["token_ids"].shape, random_share(state.step))
 
         def loss(params):
             gpt = nnx.merge(graph, params, state.buffers)
             conditions = gpt.condition_ids(batch["label"], len(batch["label"]))
-            if unconditional_share:
-                blank = jax.random.bernoulli(condition_key, unconditional_share, conditions.shape)
-                conditions = jnp.where(blank, gpt.begin_id, conditions)
-            return jnp.mean(token_losses(gpt, conditions, batch["token_ids"], dropout_key))
+            return jnp.mean(token_losses(gpt, conditions, batch["token_ids"], dropout_key, orders))
 
         value, gradients = jax.value_and_grad(loss)(state.params)
         norm = optax.tree.norm(gradients)
@@ -77,18 +85,44 @@ def make_train_step(
     return train_step
 
 
+def draw_orders(key: jax.Array, shape: tuple[int, int], share: jax.Array | float) -> jax.Array:
+    """Orders of writing ``[B, N]``: for about a share of the examples a permutation of their own, for the others raster order."""
+    pick_key, order_key = jax.random.split(key)
+    random = jax.random.bernoulli(pick_key, share, shape[:1])
+    return jnp.where(random[:, None], jnp.argsort(jax.random.uniform(order_key, shape), axis=1), jnp.arange(shape[1]))
+
+
+def annealed(num_steps: int, random_until: float, raster_from: float) -> RandomShare:
+    """A share that is 1 up to ``random_until`` of the training, and falls evenly to 0 at ``raster_from``."""
+    first, last = random_until * num_steps, raster_from * num_steps
+    return lambda step: jnp.where(step < first, 1.0, jnp.clip((last - step) / max(last - first, 1.0), 0.0, 1.0))
+
+
 def token_losses(
-    gpt: GPT, conditions: jax.Array, token_ids: jax.Array, dropout_key: jax.Array | None = None
+    gpt: GPT,
+    conditions: jax.Array,
+    token_ids: jax.Array,
+    dropout_key: jax.Array | None = None,
+    orders: jax.Array | None = None,
 ) -> jax.Array:
-    """Cross-entropy in nats of every image token ``[B, N]`` given its condition ``[B]`` and the tokens before it."""
+    """Cross-entropy in nats of every image token given its condition ``[B]`` and the tokens before it: ``[B, N]``, in the order
+    of writing, ``orders`` ``[B, N]`` or raster."""
+    if orders is not None:
+        token_ids = jnp.take_along_axis(token_ids, orders, axis=1)
     inputs = jnp.concatenate([conditions[:, None], token_ids[:, :-1]], axis=1)
-    return cross_entropy(gpt(inputs, dropout_key), token_ids)
+    return cross_entropy(gpt(inputs, dropout_key, orders), token_ids)
 
 
 def held_out_metrics(gpt: GPT, batch: dict) -> dict:
-    """``{"nats_per_token": [B]}``, each example conditioned on its class."""
-    conditions = gpt.condition_ids(batch["label"], len(batch["label"]))
-    return {"nats_per_token": jnp.mean(token_losses(gpt, conditions, batch["token_ids"]), axis=1)}
+    """Each example conditioned on its class: ``nats_per_token`` ``[B]``, and for generators of random order
+    ``random_order_nats_per_token`` ``[B]``, in the same orders at every evaluation."""
+    conditions, token_ids = gpt.condition_ids(batch["label"], len(batch["label"])), batch["token_ids"]
+    metrics = {"nats_per_token": jnp.mean(token_losses(gpt, conditions, token_ids), axis=1)}
+    if gpt.random_order:
+        orders = draw_orders(jax.random.key(0), token_ids.shape, 1.0)
+        random = token_losses(gpt, conditions, token_ids, orders=orders)
+        metrics["random_order_nats_per_token"] = jnp.mean(random, axis=1)
+    return metrics
 
 
 def unigram_nats(tokens: TokenSource) -> float:
@@ -121,9 +155,15 @@ def token_sources(
     return read_token_cache(directory, fingerprint=fingerprint)
 
 
-def sampling_options(config) -> dict[str, Any]:
-    """Temperature, top-k and top-p of the config's ``sampling`` section."""
-    return {name: config.sampling[name] for name in ("temperature", "top_k", "top_p")}
+def drawing_of(config, seed: int) -> Drawing:
+    """How the config's ``sampling`` section draws.
+
+    Raises:
+      UserError: the section has a field that is no option.
+    """
+    options = config.sampling.to_dict()
+    del options["num"]
+    return Drawing.of(**options, seed=seed)
 
 
 def plan(config, mesh: Mesh, num_classes: int) -> tuple[dict[str, Any], optax.GradientTransformation]:
@@ -134,17 +174,27 @@ def plan(config, mesh: Mesh, num_classes: int) -> tuple[dict[str, Any], optax.Gr
     """
     training = config.generator_training
     check_batch_size(mesh, training.batch_size, "generator_training.batch_size")
-    check_range("generator_training.unconditional_share", training.unconditional_share, least=0, most=1)
+    check_range("generator_training.random_until", training.random_until, least=0, most=1)
+    check_range("generator_training.raster_from", training.raster_from, least=training.random_until, most=1)
     check_range("generator_training.ema_decay", training.ema_decay, least=0, most=0.999999)
     check_range("sampling.num", config.sampling.num, least=1)
-    tokenizer = abstract_tokenizer(config)
+    arguments = gpt_arguments(config, abstract_tokenizer(config), num_classes)
+    gpt = nnx.eval_shape(lambda: GPT(**arguments, rngs=nnx.Rngs(0)))
     try:
-        check_sampling_options(**sampling_options(config), num_codes=tokenizer.num_codes)
+        drawing_of(config, 0).check(gpt)
     except UserError as error:
         raise UserError(f"in the config's sampling section, {error}") from error
-    arguments = gpt_arguments(config, tokenizer, num_classes)
-    nnx.eval_shape(lambda: GPT(**arguments, rngs=nnx.Rngs(0)))
     return arguments, make_optimizer(num_steps=training.num_steps, **training.optimizer)
+
+
+def phases(config) -> dict[int, RandomShare | None]:
+    """The step that each phase of the training begins with, and its share of random orders; None: raster order alone."""
+    training = config.generator_training
+    raster = int(np.ceil(training.raster_from * training.num_steps))
+    if not config.gpt.random_order or raster == 0:
+        return {0: None}
+    random = {0: annealed(training.num_steps, training.random_until, training.raster_from)}
+    return random | ({raster: None} if raster < training.num_steps else {})
 
 
 def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
@@ -177,19 +227,19 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
 
     def evaluate(state: TrainState) -> Evaluation:
         batches = evaluation_batches(held_out, lambda example: example, batch_size=training.batch_size)
-        nats = float(mean_over(eval_sums, state, batches, mesh)["nats_per_token"])
+        means = {name: float(value) for name, value in mean_over(eval_sums, state, batches, mesh).items()}
         model = CondVisualGPT(
             tokenizer,
             averaged_model(graph, state),
             class_names=train_tokens.class_names,
             value_range=of_tokenizer["value_range"],
+            mesh=mesh,
         )
-        drawn = model.sample(
-            range(len(class_names)), num=config.sampling.num, seed=config.seed, **sampling_options(config)
-        )
+        labels = model.labels(range(len(class_names)), config.sampling.num)
+        drawn = Samples.joined(list(model.draw(labels, drawing_of(config, config.seed))))
         pictures = enlarge(to_uint8(drawn.images, (0, 1)), scale_for(tokenizer.image_size, 96))
         grid = make_grid(pictures, config.sampling.num, row_names=class_names)
-        scalars = {"nats_per_token": nats, "bits_per_token": nats / np.log(2), "unigram_nats": unigram}
+        scalars = means | {"bits_per_token": means["nats_per_token"] / np.log(2), "unigram_nats": unigram}
         return Evaluation(scalars, {"samples": grid})
 
     def finish(state: TrainState) -> None:
@@ -210,9 +260,8 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
         start=lambda state: start_from(state, training.init_from, "gpt", arguments, mesh),
         identity={"data": train_tokens.identity, "tokenizer": of_tokenizer["fingerprint"]},
         train_steps={
-            0: jax.jit(
-                make_train_step(graph, optimizer, training.unconditional_share, training.ema_decay), donate_argnums=0
-            )
+            first: jax.jit(make_train_step(graph, optimizer, training.ema_decay, random_share), donate_argnums=0)
+            for first, random_share in phases(config).items()
         },
         batches=training_batches(
             train_tokens, lambda example, _: example, batch_size=training.batch_size, seed=config.seed

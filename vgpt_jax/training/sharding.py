@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vgpt_jax.errors import UserError
@@ -30,6 +31,20 @@ def shard_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Ar
     """Makes global arrays of this process's part of a batch, split over the data axis."""
     sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
     return {name: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for name, value in batch.items()}
+
+
+def split_over(mesh: Mesh, tree: Any) -> Any:
+    """Splits every array of a pytree over the data axis, along its first axis."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
+
+
+def place_on(mesh: Mesh, module: nnx.Module) -> nnx.Module:
+    """A module whose arrays are on all devices of the mesh: as they are, sharded or not, where they are there already, and
+    otherwise with a copy on each."""
+    graph, state = nnx.split(module)
+    devices = set(mesh.devices.flat)
+    place = lambda x: x if getattr(x, "sharding", None) and x.sharding.device_set == devices else replicate(mesh, x)  # noqa: E731
+    return nnx.merge(graph, jax.tree.map(place, state))
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, field: str) -> None:
