@@ -1,14 +1,16 @@
-"""What a device can do, and what a compiled program does with it."""
+"""What a device can do, by its data sheet and measured, and what a compiled program does with it."""
 
 import gzip
 import json
 import re
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 PEAKS = {  # dense matrix products, FLOP/s, from the makers' data sheets; float32 is TF32 on GPUs
     "H100": {"bfloat16": 989e12, "float32": 495e12},
@@ -20,10 +22,64 @@ PEAKS = {  # dense matrix products, FLOP/s, from the makers' data sheets; float3
     "TPU v6 lite": {"bfloat16": 918e12},
 }
 
+BANDWIDTHS = {  # of the memory, bytes/s, from the makers' data sheets
+    "H100": 3.35e12,
+    "H200": 4.8e12,
+    "A100": 2.0e12,
+    "TPU v4": 1.2e12,
+    "TPU v5 lite": 0.82e12,
+    "TPU v5p": 2.77e12,
+    "TPU v6 lite": 1.64e12,
+}
+
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
     """The peak of a device in FLOP/s, or None where it is not known."""
     return next((rates.get(dtype) for name, rates in PEAKS.items() if name in device_kind), None)
+
+
+def peak_bandwidth(device_kind: str) -> float | None:
+    """The peak of a device's memory in bytes/s, or None where it is not known."""
+    return next((rate for name, rate in BANDWIDTHS.items() if name in device_kind), None)
+
+
+def measured_bandwidths(rows: int = 8192) -> dict[str, float]:
+    """Bytes/s at which XLA reads a matrix of ``rows`` by ``rows`` float32 (256 MiB), in two programs with all cores, by name."""
+    matrix, vector = jnp.ones((rows, rows)), jnp.ones((rows,))
+    programs = {
+        "a sum": lambda matrix, vector: jnp.sum(matrix),
+        "a matrix-vector product": lambda matrix, vector: vector @ matrix,
+    }
+    return {name: matrix.nbytes / least_seconds(program, matrix, vector) for name, program in programs.items()}
+
+
+def measured_flops(dtype: str, size: int = 2048) -> float:
+    """FLOP/s of XLA's product of two square matrices."""
+    matrix = jnp.ones((size, size), dtype)
+    return 2 * size**3 / least_seconds(jnp.matmul, matrix, matrix)
+
+
+def least_seconds(function: Callable, *arguments: jax.Array, count: int = 10) -> float:
+    """The least time of some runs of a function, compiled: what the device can do when nothing is in its way."""
+    program = jax.jit(function).lower(*arguments).compile()
+    return min(seconds_of(lambda: jax.block_until_ready(program(*arguments)), count))
+
+
+def seconds_of(step: Callable[[], object], count: int) -> list[float]:
+    """The time of each of ``count`` steps."""
+    seconds = []
+    for _ in range(count):
+        begun = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def print_parts(what: str, parts: dict[str, float], most: int = 8) -> None:
+    """Prints the greatest parts of a step, in milliseconds."""
+    print(f"\n{what}, where the time goes:")
+    for name, seconds in Counter(parts).most_common(most):
+        print(f"{1000 * seconds:9.1f} ms  {name}")
 
 
 def operations_of(program: jax.stages.Compiled) -> float:

@@ -8,17 +8,15 @@ and its share of the chip's peak is printed, from the compiled step's own count 
 
 import argparse
 import sys
-import time
-from collections import Counter
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
 
-from vgpt_jax.benchmarks.device import operations_of, peak_flops, time_by_operation
+from vgpt_jax.benchmarks.device import operations_of, peak_flops, print_parts, seconds_of, time_by_operation
 from vgpt_jax.errors import check_range, exit_on_user_error
-from vgpt_jax.host_memory import keep_freed_memory
+from vgpt_jax.host_memory import accelerator_is_installed, keep_freed_memory
 from vgpt_jax.models.patchgan import PatchGAN
 from vgpt_jax.models.tokenizer import Tokenizer
 from vgpt_jax.pretrained.load import load_perceptual
@@ -63,23 +61,6 @@ class OurStep:
         return metrics
 
 
-def seconds_of(step, count: int) -> list[float]:
-    """The time of each of ``count`` steps."""
-    seconds = []
-    for _ in range(count):
-        begun = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - begun)
-    return seconds
-
-
-def print_parts(what: str, parts: dict[str, float], most: int = 8) -> None:
-    """Prints the greatest parts of a step, in milliseconds."""
-    print(f"\n{what}, where the time goes:")
-    for name, seconds in Counter(parts).most_common(most):
-        print(f"{1000 * seconds:9.1f} ms  {name}")
-
-
 def beside_pytorch(ours: OurStep, arguments: argparse.Namespace) -> None:
     """Times both steps in turns and prints the ratio."""
     import torch
@@ -120,7 +101,8 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     for name in ("image_size", "ch", "batch_size", "rounds", "threads"):
         check_range(f"--{name}", getattr(arguments, name), least=1)
-    keep_freed_memory()
+    if not accelerator_is_installed():
+        keep_freed_memory()
     device = jax.devices()[0]
     print(
         f"{device.device_kind}, {arguments.image_size} px, ch {arguments.ch}, batch {arguments.batch_size}, {arguments.dtype}"

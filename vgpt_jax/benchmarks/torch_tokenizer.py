@@ -130,9 +130,8 @@ class TokenizerTraining:
         Raises:
           RuntimeError: a parameter is left over, is missing, or has another shape.
         """
-        for peer, ours in ((self.tokenizer, tokenizer), (self.discriminator, discriminator)):
-            params = nnx.to_flat_state(nnx.state(ours, nnx.Param))
-            peer.load_state_dict(dict(their_parameter(path, np.asarray(param[...])) for path, param in params))
+        copy_parameters(tokenizer, self.tokenizer)
+        copy_parameters(discriminator, self.discriminator)
 
     def gradients(self) -> dict[tuple[str | int, ...], np.ndarray]:
         """Every ``.grad`` in our layout, by "tokenizer" or "discriminator" and the path of `nnx.to_flat_state`."""
@@ -148,6 +147,16 @@ class TokenizerTraining:
 def to_torch(images: np.ndarray) -> Tensor:
     """``[B, H, W, 3]`` to ``[B, 3, H, W]`` in the channels-last layout."""
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
+
+
+def copy_parameters(ours: nnx.Module, peer: torch.nn.Module) -> None:
+    """Copies every parameter of ours to a network of the same names.
+
+    Raises:
+      RuntimeError: a parameter is left over, is missing, or has another shape.
+    """
+    params = nnx.to_flat_state(nnx.state(ours, nnx.Param))
+    peer.load_state_dict(dict(their_parameter(path, np.asarray(param[...])) for path, param in params))
 
 
 def their_parameter(path: tuple[str | int, ...], array: np.ndarray) -> tuple[str, Tensor]:
