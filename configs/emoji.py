@@ -32,13 +32,13 @@ def get_config():
         learning_rate=1e-3, schedule="cosine", warmup_steps=100, b2=0.99, grad_clip=1.0
     )
     config.perceptual.name, config.adversarial.discriminator = "none", "none"
-    config.gpt.update(d_model=128, num_layers=6, num_heads=4, attention_dropout=0.0)
+    config.gpt.update(d_model=128, num_layers=6, num_heads=4, attention_dropout=0.0, class_dropout=0.1)
     config.generator_training.update(batch_size=16, num_steps=1700)
     config.generator_training.optimizer.update(
         learning_rate=2e-3, schedule="cosine", warmup_steps=50, b2=0.98, weight_decay=0.05, grad_clip=1.0
     )
     config.classifier_training.update(num_steps=800)
     config.classifier_training.optimizer.update(schedule="cosine", warmup_steps=50, weight_decay=0.05, grad_clip=1.0)
-    config.sampling.update(temperature=0.9, top_k=100, top_p=0.95)
+    config.sampling.update(temperature=0.9, top_k=100, top_p=0.95, guidance=2.0)
     config.logging.update(eval_every=500, checkpoint_every=250)
     return config

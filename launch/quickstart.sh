@@ -22,7 +22,7 @@ fi
 if [ ! "$workdir/samples/emoji.json" -nt "$workdir/classifier/model/metadata.json" ]; then
   echo "drawing ..."
   "$python" -m vgpt_jax.sample --from_pretrained "$workdir" --cls_name smileys flags animals food people symbols \
-    --accept_n 16 --temperature 0.9 --top_k 100 --top_p 0.95 --view both --save_path "$workdir/samples/emoji.gif"
+    --accept_n 16 --temperature 0.9 --top_k 100 --top_p 0.95 --guidance 2 --view both --save_path "$workdir/samples/emoji.gif"
 fi
 
 echo
