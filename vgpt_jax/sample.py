@@ -247,16 +247,19 @@ def main(argv: list[str]) -> None:
 def draw(
     model: CondVisualGPT, batches: Iterator[Samples], total: int, record: Record, path: Path, folder: Path | None
 ) -> Samples:
-    """Draws batch after batch; after each its files and the record are on disk.
+    """Draws batch after batch; after each its files are on disk.
+
+    The record is written whenever it is a quarter longer than it was, so that a great request does not write it over and over,
+    and at the end, also where that comes early.
 
     Returns:
       As many of the first pictures as the grid shows.
     """
     shown: list[Samples] = []
-    count = 0
+    count = recorded = 0
 
     def one_by_one():
-        nonlocal count
+        nonlocal count, recorded
         for samples in batches:
             if count < IN_GRID:
                 shown.append(samples)
@@ -265,12 +268,18 @@ def draw(
                     name = slug(model.class_names[samples.labels[i]])
                     save_png(picture, folder / f"{count + i:06d}_{name}.png")
             record.add(model, samples)
-            record.write(path.with_suffix(".json"))
             count += len(samples.labels)
+            if count >= 1.25 * recorded:
+                record.write(path.with_suffix(".json"))
+                recorded = count
             yield from samples.labels
 
-    for _ in progress(one_by_one(), "drawing", total):
-        pass
+    try:
+        for _ in progress(one_by_one(), "drawing", total):
+            pass
+    finally:
+        if count > recorded:
+            record.write(path.with_suffix(".json"))
     return Samples.joined(shown)
 
 

@@ -118,7 +118,7 @@ class Judge:
     def figures(self, images: np.ndarray, labels: np.ndarray) -> tuple[Figures, np.ndarray]:
         """The figures of images in 0..1, and the number of each one's nearest training picture."""
         share, correct, embedded = self(images, labels)
-        distances = 1 - embedded @ self.embedded.T  # [M, training pictures]
+        distances = np.maximum(1 - embedded @ self.embedded.T, 0)  # [M, training pictures]
         nearest = distances.min(axis=1)
         diversity = np.mean([mean_distance(embedded[labels == label]) for label in np.unique(labels)])
         figures = (share.mean(), correct.mean(), diversity, nearest.mean(), nearest.min())

@@ -95,7 +95,8 @@ class GPT(nnx.Module):
       embedding_dropout, residual_dropout, attention_dropout: rates while training; small data wants 0.1 and more.
       token_dropout: share of the input tokens that are hidden while training.
       class_dropout: share of the examples whose class is hidden while training, without which there is no guidance.
-      drop_path: share of the examples for which the last block's branches are left out while training; earlier ones' less.
+      drop_path: share of the examples for which the last block's branches are left out while training; earlier ones' less, the
+        first block's never.
       tie_weights: the output projection is the token embedding, as in GPT-2; otherwise a matrix of its own.
       dtype: "float32" or "bfloat16", of the computation; parameters, normalisation and softmax are float32.
       rngs: ``params``.

@@ -53,7 +53,7 @@ def guidance_scales(num_tokens: int, scale: float, schedule: str = "constant", p
     Raises:
       UserError: an unknown name, or a number out of its range.
     """
-    check_range("guidance", scale, least=0)
+    check_range("guidance", scale, least=0, most=1e6)
     check_range("guidance_power", power, above=0, most=1 if schedule == "cut_off" else None)
     shape = choose("guidance_schedule", schedule, GUIDANCE_SCHEDULES)
     share = np.arange(num_tokens) / (num_tokens if schedule == "cut_off" else max(num_tokens - 1, 1))

@@ -34,7 +34,8 @@ class Drawing:
       guidance_schedule: how it goes over the tokens, a name in ``GUIDANCE_SCHEDULES``.
       guidance_power: of the schedule.
       order: "raster", or "random", of its own for each picture, for generators of random order.
-      num_steps: steps in which a generator of random order writes a picture, several tokens each; 0: a token a step.
+      num_steps: steps in which a generator of random order writes a picture, several tokens each, in random order; 0: a token a
+        step.
       seed: 0 to 2**32 - 1. Same seed, same pictures; the i-th does not depend on how many follow.
     """
 
