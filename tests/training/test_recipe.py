@@ -107,6 +107,6 @@ def test_every_shape_of_tokens_is_trained_cached_and_sampled(name, tiny_config, 
     samples = model.sample(["flags"], num=2, seed=1)
     assert samples.token_ids.shape == (2, *shape)
     assert samples.images.shape == (2, 16, 16, 3)
-    so_far = decode_so_far(model, samples.token_ids, np.array([1, model.tokenizer.num_tokens]))
+    so_far = list(decode_so_far(model, samples.token_ids, samples.orders, np.array([1, model.tokenizer.num_tokens])))
     np.testing.assert_allclose(so_far[-1], samples.images, atol=1e-5)
     assert np.abs(so_far[0] - samples.images).max() > 1e-3
