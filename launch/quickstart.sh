@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up, trains configs/emoji.py on the embedded emoji (15 minutes on two cores), measures it, draws.
+# Sets up, trains configs/emoji.py on the embedded emoji (15 minutes of processor time), measures it, draws.
 #
 #   bash launch/quickstart.sh [DIR]     DIR: where everything goes, runs/emoji by default
 #

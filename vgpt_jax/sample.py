@@ -165,7 +165,9 @@ def completion_grid(completion: Completion, pictures: np.ndarray, num: int, row_
     return make_grid(enlarge(np.concatenate(rows), scale_for(len(before))), num + 2, row_names=row_names)
 
 
-def draw_again(sampler: ClassConditionedRejectionSampler, record: Record, pick: list[int] | None) -> Iterator[Samples]:
+def draw_again(
+    sampler: ClassConditionedRejectionSampler, record: Record, pick: list[int] | None, completion: Completion | None
+) -> Iterator[Samples]:
     """The pictures of a record, or some of them.
 
     Raises:
@@ -180,9 +182,7 @@ def draw_again(sampler: ClassConditionedRejectionSampler, record: Record, pick: 
     for label in labels:
         if not 0 <= label < classes:
             raise UserError(f"the record is of another model: there is no label {label} among the {classes} classes")
-    return sampler.model.draw(
-        labels, record.drawing, score=sampler.score, indices=indices, completion=completion_of(sampler, record.settings)
-    )
+    return sampler.model.draw(labels, record.drawing, score=sampler.score, indices=indices, completion=completion)
 
 
 def completion_of(sampler: ClassConditionedRejectionSampler, settings: dict) -> Completion | None:
@@ -219,8 +219,10 @@ def main(argv: list[str]) -> None:
     }
     if before is not None:
         settings = before.settings | {"from_pretrained": arguments.from_pretrained, "accept_n": 1, "num": 1}
+    completion = completion_of(sampler, settings)
+    if before is not None:
         drawing, total = before.drawing, len(arguments.pick or before.pictures)
-        batches = draw_again(sampler, before, arguments.pick)
+        batches = draw_again(sampler, before, arguments.pick, completion)
     else:
         drawing = Drawing(**{name: getattr(arguments, name) for name, *_ in DRAWING_OPTIONS})
         labels = model.labels(arguments.cls_name, arguments.num)
@@ -230,13 +232,13 @@ def main(argv: list[str]) -> None:
             drawing,
             accept_n=arguments.accept_n,
             score=sampler.score,
-            completion=completion_of(sampler, settings),
+            completion=completion,
         )
     record = Record(settings, drawing, [])
     folder = path.with_suffix("") if arguments.files or total > IN_GRID else None
     try:
         shown = draw(model, batches, total, record, path, folder)
-        write_pictures(model, shown, record, arguments.view, path, completion_of(sampler, settings))
+        write_pictures(model, shown, record, arguments.view, path, completion)
     except OSError as error:
         raise UserError(f"--save_path {path} cannot be written ({error.strerror})") from error
     report(record, before, arguments.pick)

@@ -30,6 +30,7 @@ from vgpt_jax.data.transforms import to_uint8
 from vgpt_jax.errors import UserError, check_range, exit_on_user_error
 from vgpt_jax.files import written_whole
 from vgpt_jax.host_memory import accelerator_is_installed, keep_freed_memory
+from vgpt_jax.models.gpt import BLOCKS
 from vgpt_jax.pretrained.efficientnet_lite0 import load_efficientnet_lite0
 from vgpt_jax.progress import progress
 from vgpt_jax.sampling.class_names import slug
@@ -45,13 +46,7 @@ from vgpt_jax.visualization.grid import enlarge, make_grid, save_png, scale_for
 
 RASTER: dict[str, Any] = {"gpt.class_dropout": 0.1}
 RANDOM = RASTER | {"gpt.random_order": True}
-LLAMA = {
-    "gpt.norm": "rms_norm",
-    "gpt.mlp": "swiglu",
-    "gpt.mlp_width": 344,
-    "gpt.positions": "rotary_2d",
-    "gpt.bias": False,
-}
+LLAMA = {f"gpt.{name}": value for name, value in BLOCKS["llama"].items()} | {"gpt.mlp_width": 344}  # as many parameters
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "raster": RASTER,
