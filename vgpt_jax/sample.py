@@ -32,6 +32,7 @@ from vgpt_jax.visualization.gif import frame_counts, patch_reveal, save_gif
 from vgpt_jax.visualization.grid import enlarge, make_grid, save_png, scale_for
 
 VIEWS = ("decoding", "patches", "both")
+MAX_FRAMES = 64
 IN_GIF, IN_GRID, MAX_COLUMNS = 16, 256, 16
 """Pictures of a request that the GIF and the grid show, the first ones; and how many of a class the grid has in a row."""
 
@@ -120,7 +121,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def animation(model: CondVisualGPT, samples: Samples, view: str, num_given: int, max_frames: int = 64) -> Iterator:
+def animation(
+    model: CondVisualGPT, samples: Samples, view: str, num_given: int, max_frames: int = MAX_FRAMES
+) -> Iterator:
     """Frames ``[H', W', 3]`` uint8 of the decoding, pictures side by side, at most eight in a row.
 
     Args:
@@ -155,14 +158,15 @@ def layout(pictures: np.ndarray) -> np.ndarray:
 
 
 def completion_grid(completion: Completion, pictures: np.ndarray, num: int, row_names: list[str]) -> np.ndarray:
-    """Each row: the given picture, what is kept of it, and the completions ``[M, H, W, 3]`` uint8 of a class."""
+    """Each row: the given picture, what is kept of it, and the first of the completions ``[M, H, W, 3]`` uint8 of a class."""
     before = to_uint8(completion.image, (0, 1))
     cells = np.repeat(
         np.repeat(completion.kept, len(before) // len(completion.kept), 0), len(before) // len(completion.kept), 1
     )
     kept = np.where(cells[..., None], before, np.uint8(200))
-    rows = [np.concatenate([before[None], kept[None], pictures[i : i + num]]) for i in range(0, len(pictures), num)]
-    return make_grid(enlarge(np.concatenate(rows), scale_for(len(before))), num + 2, row_names=row_names)
+    columns = min(num, MAX_COLUMNS)
+    rows = [np.concatenate([before[None], kept[None], pictures[i : i + columns]]) for i in range(0, len(pictures), num)]
+    return make_grid(enlarge(np.concatenate(rows), scale_for(len(before))), columns + 2, row_names=row_names)
 
 
 def draw_again(
@@ -292,15 +296,16 @@ def write_pictures(
     pictures = to_uint8(samples.images, (0, 1))[:IN_GRID]
     num = record.settings["num"]
     columns = min(num, MAX_COLUMNS)
-    row_names = [model.class_names[label] for label in samples.labels[:IN_GRID:num]] if num == columns else []
+    row_names = [model.class_names[label] for label in samples.labels[:IN_GRID:num]]
     if completion is not None:
         grid = completion_grid(completion, pictures, num, row_names)
     else:
-        grid = make_grid(enlarge(pictures, scale_for(pictures.shape[1])), columns, row_names=row_names)
+        names = row_names if num == columns else []  # otherwise a class has several rows
+        grid = make_grid(enlarge(pictures, scale_for(pictures.shape[1])), columns, row_names=names)
     save_png(grid, path.with_suffix(".png"))
     first = Samples(**{name: None if value is None else value[:IN_GIF] for name, value in vars(samples).items()})
     num_given = 0 if completion is None else int(completion.kept.sum()) * (model.gpt.num_tokens // completion.kept.size)
-    num_frames = len(frame_counts(model.gpt.num_tokens - num_given, 64))
+    num_frames = len(frame_counts(model.gpt.num_tokens - num_given, MAX_FRAMES))
     finished = layout(pictures[:IN_GIF])
     save_gif(animation(model, first, view, num_given), path, palette_from=finished, num_frames=num_frames)
 
