@@ -33,26 +33,36 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict(
         {
-            "name": "emoji",  # "emoji" or "image_folder"
-            "folder": "",  # image_folder: DIR with a folder for each class
+            "name": "emoji",  # "emoji", "image_folder", or a name of tensorflow-datasets: "stanford_dogs", "cifar10", ...
+            "folder": "",  # image_folder: DIR with a folder for each class, or archives: DIR, a .zip, "train-{00..31}.tar"
             "on_corrupt": "error",  # image_folder: "error" stops at an unreadable image, "skip" leaves it out and counts it
             "emoji_label": "group",  # emoji: "group" (9 classes) or "subgroup" (98)
             "emoji_skin_tones": False,  # emoji: include the variants by skin tone
+            "data_dir": "",  # tensorflow-datasets: where it is prepared; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
+            "manual_dir": "",  # tensorflow-datasets: DIR with archives downloaded by hand, under their published names
+            "split": "percent",  # tensorflow-datasets: "percent": all labelled pictures, held_out_percent of them held out;
+            # "official": its train split, held out is its validation split, or else its test split
+            "bounding_box": "first",  # tensorflow-datasets, where there are boxes: crop to the "first" one, or "none"
             "held_out_percent": 10,  # share of the pictures kept for evaluation, by a hash of their names
-            "cache_dir": "",  # of rendered emoji and folder scans; "": $VGPT_JAX_CACHE or the user's cache folder
+            "cache_dir": "",  # of rendered emoji and scans of image folders; "": $VGPT_JAX_CACHE or the user's cache folder
             "image_size": 64,  # pixels, of what the tokenizer sees
             "resize_size": 0,  # the short side is resized to this before cropping; 0: image_size
-            "crop": "center",  # "center" or "random" (in training; evaluation crops the centre)
-            "flip": True,  # random horizontal flips in training
+            "crop": "center",  # "center", "random" or "random_resized" (in training; evaluation crops the centre)
+            "crop_scale": (0.8, 1.0),  # random_resized: share of the picture's area, least and greatest
+            "crop_ratio": (3 / 4, 4 / 3),  # random_resized: width / height, least and greatest
+            "flip": True,  # random horizontal flips in training, and mirrored views in the token cache
+            "cache_views": "flip",  # of a picture in the token cache: "none" (1), "flip" (2), "ten_crop" (10) or "random"
+            "cache_random_views": 8,  # number of the views of "random": fixed draws of training's crops and flips
             "value_range": (0.0, 1.0),  # of the images the networks see
         }
     )
 
     config.tokenizer = ConfigDict(
         {
-            "architecture": "vqgan",  # "vqgan" or "vqvae": which of the two sections below is read
+            "architecture": "vqgan",  # "vqgan", "vqvae" or "maskgit_vqgan": which of the sections below is read
             "quantizer": "vector_quantize",  # which of the sections of quantizers is read
             "code_factorization": True,  # linear maps between latents and codes of another width
+            "factorization_bias": False,  # of these maps: VQ-GAN's and LlamaGen's have biases, visual-gpt's have none
             "dtype": "float32",  # "bfloat16" on accelerators; parameters, losses and the quantizer are float32 always
         }
     )
@@ -73,6 +83,14 @@ def get_config() -> ConfigDict:
             "num_downsamplings": 2,  # one more halves the token grid
             "num_res_blocks": 2,
             "res_channels": 32,
+        }
+    )
+    config.maskgit_vqgan = ConfigDict(
+        {
+            "z_channels": 256,
+            "ch": 128,
+            "ch_mult": (1, 1, 2, 2, 4),  # one level more halves the token grid
+            "num_res_blocks": 2,
         }
     )
     config.vector_quantize = ConfigDict(
@@ -184,7 +202,7 @@ def get_config() -> ConfigDict:
             "num_steps": 150_000,
             "reconstruction": "l1",  # "l1" or "l2"
             "ema_decay": 0.0,  # of the averaged weights, which are evaluated and saved; 0: the last ones are
-            "init_from": "",  # folder of a trained tokenizer to start from
+            "init_from": "",  # folder of a trained tokenizer to start from; it decides the sections above but rates and loss weights
             "optimizer": optimizer(4.5e-6),
         }
     )
@@ -238,7 +256,7 @@ def get_config() -> ConfigDict:
             "num_kv_heads": 0,  # heads of keys and values, shared by the queries'; 0: num_heads
             "norm": "layer_norm",  # GPT-2's block: "layer_norm", "gelu", "learned", bias; Llama's: "rms_norm", "swiglu",
             "norm_epsilon": 1e-5,
-            "mlp": "gelu",  # "rotary_2d", no bias
+            "mlp": "gelu",  # "rotary_2d", no bias; and "gelu_exact"
             "mlp_width": 0,  # 0: 4 D, of "swiglu" two thirds of that
             "positions": "learned",  # "learned", "rotary", "rotary_2d" or "rotary_llamagen"
             "rotary_base": 10_000.0,
@@ -264,7 +282,7 @@ def get_config() -> ConfigDict:
             "random_until": 0.5,  # with gpt.random_order: share of num_steps up to which every order is random;
             "raster_from": 0.75,  # from there fewer and fewer, and from this share on none. 1 and 1: random throughout
             "ema_decay": 0.0,  # of the averaged weights, which are evaluated and saved; 0: the last ones are
-            "init_from": "",  # folder of a trained generator to start from
+            "init_from": "",  # folder of a trained generator to start from; it decides the gpt section but dropout rates
             "optimizer": optimizer(5e-6),
         }
     )
@@ -280,7 +298,7 @@ def get_config() -> ConfigDict:
             "batch_size": 32,
             "num_steps": 1000,
             "label_smoothing": 0.1,
-            "init_from": "",  # folder of a trained classifier to start from
+            "init_from": "",  # folder of a trained classifier to start from; it decides the classifier section
             "optimizer": optimizer(1e-3),
         }
     )

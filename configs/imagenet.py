@@ -4,7 +4,9 @@ The tokenizer of LlamaGen (Sun et al. 2024, arXiv 2406.06525, VQ-16: 40 epochs a
 2110.04627); averaged weights, a warm-up of the discriminator and replacement of unused codes are added.
 
 Command: python -m vgpt_jax.main --config=configs/imagenet.py --workdir=DIR
-Result: not yet run; the data set is not here yet (an image folder: --config.data.name=image_folder --config.data.folder=DIR).
+Data: --config.data.manual_dir=DIR with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, prepared by the first run; or class
+folders or shards, --config.data.name=image_folder --config.data.folder=DIR. The token cache of ten crops takes 6.6 GB.
+Result: not yet run.
 """
 
 from configs import default
@@ -12,7 +14,8 @@ from configs import default
 
 def get_config():
     config = default.get_config()
-    config.data.update(name="imagenet2012", image_size=256, resize_size=288, crop="random", value_range=(-1.0, 1.0))
+    config.data.update(name="imagenet2012", split="official", image_size=256, resize_size=288, crop="random")
+    config.data.update(value_range=(-1.0, 1.0), cache_views="ten_crop")
     config.tokenizer.dtype = "bfloat16"
     config.vqgan.update(z_channels=256, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,))
     config.vector_quantize.update(

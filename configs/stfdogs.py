@@ -1,8 +1,10 @@
 """Stanford Dogs, 120 breeds, 128 px: the published configuration of visual-gpt (VQ-GAN f16, K 4096, GPT-2 of 12 layers).
 
 Command: python -m vgpt_jax.main --config=configs/stfdogs.py --workdir=DIR
-Result: not yet run. Models, losses, optimizers and schedules are the published ones; the data set is not here yet. LPIPS
-needs torchvision's vgg16-397923af.pth: --config.perceptual.vgg_file=PATH, or else it is fetched; without either,
+Result: not yet run. Models, losses, optimizers and schedules are the published ones, and so are 5 % of all 20,580 pictures
+held out, each cropped to its first bounding box. The data set is downloaded and prepared by the first run; without a network,
+--config.data.manual_dir=DIR names a folder with images.tar, annotation.tar and lists.tar. LPIPS needs torchvision's
+vgg16-397923af.pth: --config.perceptual.vgg_file=PATH, or else it is fetched; without either,
 --config.perceptual.name=efficientnet needs nothing.
 
 Differs from visual-gpt: the adaptive weight is over L1 and LPIPS together, and LPIPS is given images in the range that it

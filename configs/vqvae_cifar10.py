@@ -5,7 +5,8 @@ Sizes and hyperparameters of the example that DeepMind published with Sonnet for
 The error is plain l2; there it is divided by the variance of the data.
 
 Command: python -m vgpt_jax.main --config=configs/vqvae_cifar10.py --workdir=DIR
-Result: not yet run; the data set is not here yet.
+Result: not yet run. The data set is downloaded and prepared by the first run, or from cifar-10-binary.tar.gz in the folder
+that --config.data.manual_dir=DIR names.
 """
 
 from configs import default
@@ -13,7 +14,7 @@ from configs import default
 
 def get_config():
     config = default.get_config()
-    config.data.update(name="cifar10", image_size=32, value_range=(-0.5, 0.5))
+    config.data.update(name="cifar10", split="official", image_size=32, value_range=(-0.5, 0.5))
     config.tokenizer.update(architecture="vqvae", code_factorization=False)
     config.vqvae.update(z_channels=64, ch=128, num_downsamplings=2, num_res_blocks=2, res_channels=32)
     config.vector_quantize.update(

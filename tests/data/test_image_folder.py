@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vgpt_jax.data import image_folder
 from vgpt_jax.data.image_folder import load_image_folder, read_image
 from vgpt_jax.errors import UserError
 
@@ -45,12 +44,24 @@ def test_missing_folder_is_refused(load, tmp_path):
         load("")
 
 
-def test_folder_without_classes_is_refused(load, tmp_path):
-    (tmp_path / "flat").mkdir()
-    Image.fromarray(noise(0)).save(tmp_path / "flat" / "0.png")
-    (tmp_path / "flat" / ".hidden").mkdir()
-    with pytest.raises(UserError, match="has no folders in it"):
+def test_folder_with_nothing_in_it_is_refused(load, tmp_path):
+    (tmp_path / "flat" / ".hidden").mkdir(parents=True)
+    Image.fromarray(noise(0)).save(tmp_path / "flat" / ".hidden" / "0.png")
+    (tmp_path / "flat" / "notes.txt").write_text("not a picture")
+    with pytest.raises(UserError, match="has neither folders nor pictures in it"):
         load(tmp_path / "flat")
+
+
+def test_pictures_without_class_folders_are_one_class(load, folder, tmp_path):
+    flat = folder / "cat"
+    (flat / ".hidden").mkdir()
+    Image.fromarray(noise(0)).save(flat / ".hidden" / "0.png")
+    parts = load(flat, held_out_percent=50)
+    assert all_paths(parts) == {flat / f"{i}.png" for i in range(8)}
+    assert parts[0].class_names == parts[1].class_names == ("picture",)
+    assert {int(label) for part in parts for label in part.labels} == {0}
+    identity = parts[0].identity
+    assert load(flat.rename(tmp_path / "elsewhere"), held_out_percent=50)[0].identity == identity
 
 
 def test_empty_class_is_named(load, folder):
@@ -191,7 +202,7 @@ def test_check_is_remembered_until_a_picture_changes(load, folder, monkeypatch):
         checked.append(path)
         return real_open(path, *rest)
 
-    monkeypatch.setattr(image_folder.Image, "open", counting)
+    monkeypatch.setattr(Image, "open", counting)
     load(folder)
     assert len(checked) == 16
     load(folder)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vgpt_jax.data.sources import ArraySource, chosen_cache_dir, identity_of
+from vgpt_jax.data.sources import ArraySource, chosen_cache_dir, identity_of, remembered
 from vgpt_jax.data.token_cache import TokenSource
 
 
@@ -27,7 +27,7 @@ def test_identity_of_tokens_differs_with_one_id():
     ids = np.zeros((2, 3, 4), np.uint16)
     changed = ids.copy()
     changed[1, 2, 3] = 1
-    sources = [TokenSource(i, np.zeros(3, np.int32), ("a",)) for i in (ids, ids.copy(), changed)]
+    sources = [TokenSource((i,), np.zeros(3, np.int32), ("a",)) for i in (ids, ids.copy(), changed)]
     assert sources[0].identity == sources[1].identity != sources[2].identity
 
 
@@ -46,3 +46,18 @@ def test_the_cache_folder_is_the_one_given_or_that_of_the_environment(monkeypatc
     monkeypatch.delenv("VGPT_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert chosen_cache_dir(None) == Path("/xdg/vgpt_jax")
+
+
+def test_what_is_remembered_is_found_out_once_and_again_where_it_is_damaged(tmp_path, capsys):
+    asked = []
+
+    def find_out():
+        asked.append(None)
+        return {"found": len(asked)}
+
+    path = tmp_path / "deep" / "known.json"
+    assert [remembered(path, find_out, "it")["found"] for _ in range(2)] == [1, 1]
+    path.write_text("{")
+    assert remembered(path, find_out, "it") == {"found": 2}
+    assert remembered(path / "below a file.json", find_out, "it") == {"found": 3}
+    assert "it could not be remembered" in capsys.readouterr().err

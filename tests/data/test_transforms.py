@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vgpt_jax.data.transforms import ImageTransform, crop, resize_short_side, to_uint8, to_value_range
+from vgpt_jax.data.transforms import ImageTransform, crop, random_window, resize_short_side, to_uint8, to_value_range
 from vgpt_jax.errors import UserError
 
 
@@ -116,6 +116,71 @@ def test_training_depends_on_the_generator_alone():
     assert len({transform.train(example, np.random.default_rng(s))["image"].tobytes() for s in range(30)}) > 15
 
 
+def test_random_windows_have_the_shares_and_shapes_asked_for():
+    rng = np.random.default_rng(0)
+    height, width, scale, ratio = 300, 400, (0.2, 0.6), (0.5, 2.0)
+    windows = np.array([random_window(height, width, rng, scale, ratio) for _ in range(2000)])
+    top, left, h, w = windows.T
+    assert top.min() >= 0 and left.min() >= 0 and (top + h).max() <= height and (left + w).max() <= width
+    share, shape = h * w / (height * width), w / h
+    assert share.min() > 0.2 - 0.01 and share.max() < 0.6 + 0.01
+    assert shape.min() > 0.5 - 0.01 and shape.max() < 2 + 0.02
+    # Where the window fits whatever its shape (a share of a third at most), both are uniform: by their quartiles.
+    rng = np.random.default_rng(1)
+    _, _, h, w = np.array([random_window(1000, 1000, rng, (0.1, 0.3), ratio) for _ in range(4000)]).T
+    np.testing.assert_allclose(np.quantile(h * w / 1e6, [0.25, 0.5, 0.75]), [0.15, 0.2, 0.25], atol=0.006)
+    np.testing.assert_allclose(np.quantile(np.log2(w / h), [0.25, 0.5, 0.75]), [-0.5, 0.0, 0.5], atol=0.06)
+
+
+def test_random_windows_reach_all_corners():
+    rng = np.random.default_rng(0)
+    windows = {random_window(3, 3, rng, (4 / 9, 4 / 9), (1.0, 1.0)) for _ in range(100)}
+    assert windows == {(top, left, 2, 2) for top in range(2) for left in range(2)}
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((10, 100), (0, 43, 10, 13)), ((100, 10), (43, 0, 13, 10)), ((9, 12), (0, 0, 9, 12)), ((9, 1), (4, 0, 1, 1))],
+)
+def test_a_window_that_never_fits_is_taken_from_the_centre(size, expected):
+    """All of the area with a ratio of at most 4 / 3: fits into the last one alone, as a whole."""
+    ratio = (4 / 3, 4 / 3) if size == (9, 12) else (3 / 4, 4 / 3)
+    assert random_window(*size, np.random.default_rng(0), (1.0, 1.0), ratio) == expected
+
+
+def test_random_resized_of_the_whole_picture_is_the_picture_resized():
+    picture = np.broadcast_to(np.arange(0, 240, 10, dtype=np.uint8)[None, :, None], (24, 24, 3))
+    transform = ImageTransform(
+        image_size=12,
+        crop="random_resized",
+        crop_scale=(1.0, 1.0),
+        crop_ratio=(1.0, 1.0),
+        flip=False,
+        value_range=(0.0, 255.0),
+    )
+    drawn = transform.train({"image": picture, "label": 1}, np.random.default_rng(0))["image"]
+    np.testing.assert_array_equal(drawn, resize_short_side(picture, 12))
+
+
+def test_random_resized_stretches_a_window_of_the_picture_as_it_comes():
+    """Without a resize before: one pixel of 24 becomes the whole crop, and evaluation is the centre crop as ever."""
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (24, 24, 3), np.uint8)
+    share = 1 / 24**2
+    transform = ImageTransform(
+        image_size=4, crop="random_resized", crop_scale=(share, share), crop_ratio=(1.0, 1.0), value_range=(0.0, 255.0)
+    )
+    colours = {tuple(c) for c in picture.reshape(-1, 3).tolist()}
+    for _ in range(20):
+        drawn = transform.train({"image": picture, "label": 0}, rng)["image"]
+        assert drawn.shape == (4, 4, 3)
+        assert {tuple(c) for c in drawn.reshape(-1, 3).astype(int).tolist()} <= colours
+        assert np.ptp(drawn, axis=(0, 1)).max() == 0
+    np.testing.assert_array_equal(
+        transform.evaluate({"image": picture, "label": 0})["image"], resize_short_side(picture, 4)
+    )
+
+
 def test_short_side_becomes_the_image_size_where_no_resize_is_given():
     example = {"image": np.full((10, 30, 3), 255, np.uint8), "label": 0}
     np.testing.assert_array_equal(ImageTransform(image_size=5).evaluate(example)["image"], np.ones((5, 5, 3)))
@@ -126,7 +191,12 @@ def test_short_side_becomes_the_image_size_where_no_resize_is_given():
     [
         ({"image_size": 0}, "data.image_size is 0"),
         ({"image_size": 8, "resize_size": 4}, "data.resize_size is 4.*image_size = 8"),
-        ({"image_size": 8, "crop": "left"}, "'left'.*center, random"),
+        ({"image_size": 8, "crop": "left"}, "'left'.*center, random, random_resized"),
+        ({"image_size": 8, "crop_scale": (0.0, 1.0)}, "first number of data.crop_scale is 0"),
+        ({"image_size": 8, "crop_scale": (0.9, 0.8)}, "second number of data.crop_scale is 0.8"),
+        ({"image_size": 8, "crop_scale": (0.9, 1.1)}, "second number of data.crop_scale is 1.1"),
+        ({"image_size": 8, "crop_scale": (1.0,)}, "data.crop_scale"),
+        ({"image_size": 8, "crop_ratio": (-1.0, 1.0)}, "first number of data.crop_ratio is -1"),
         ({"image_size": 8, "value_range": (1.0, 0.0)}, "data.value_range"),
         ({"image_size": 8, "value_range": (0.0, 0.0)}, "data.value_range"),
         ({"image_size": 8, "value_range": (0.0,)}, "data.value_range"),

@@ -1,12 +1,17 @@
 """What sources share: examples in memory, and the folder for what is derived from data."""
 
 import hashlib
+import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from vgpt_jax.files import written_whole
 
 
 @dataclass(frozen=True)
@@ -45,3 +50,20 @@ def identity_of(class_names: Sequence[str], names: Sequence[str], labels: np.nda
     digest = hashlib.sha256(repr((tuple(class_names), tuple(names))).encode())
     digest.update(np.ascontiguousarray(labels, np.int32).tobytes())
     return digest.hexdigest()[:16]
+
+
+def remembered(path: Path, find_out: Callable[[], Any], what: str) -> Any:
+    """What ``find_out`` gave when it was called last: JSON in a file, which is written where it is not there or damaged.
+
+    A folder that cannot be written is no obstacle: that is said on standard error, in the words of ``what``.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        found = find_out()
+    try:
+        with written_whole(path) as unfinished:
+            unfinished.write_text(json.dumps(found))
+    except OSError as error:
+        print(f"{what} could not be remembered in {path.parent} ({error})", file=sys.stderr)
+    return found
