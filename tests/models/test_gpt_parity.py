@@ -1,6 +1,5 @@
 """The whole transformer against its PyTorch peers: Hugging Face's GPT-2, Llama and Qwen3, visual-gpt, and LlamaGen."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,7 +10,10 @@ from flax import nnx
 
 from vgpt_jax.losses import cross_entropy
 from vgpt_jax.models.gpt import BLOCKS, GPT
-from vgpt_jax.pretrained.torch_file import read_torch_file
+from vgpt_jax.models.transformer import GELU, ExactGELU
+from vgpt_jax.pretrained.llamagen import read_llamagen
+from vgpt_jax.pretrained.strict import load_strictly
+from vgpt_jax.pretrained.visual_gpt import gpt2_table, read_visual_gpt
 from vgpt_jax.sampling.generate import Options, generate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -40,30 +42,6 @@ def fill(variable, value: np.ndarray) -> None:
     variable[...] = jnp.asarray(value)
 
 
-def copy_gpt2(there: dict[str, np.ndarray], gpt: GPT) -> None:
-    """Copies the weights of a ``GPT2LMHeadModel``, every tensor of both."""
-    fill(gpt.token_embedding, there.pop("transformer.wte.weight"))
-    fill(gpt.position_embedding, there.pop("transformer.wpe.weight"))
-    for i, block in enumerate(gpt.blocks):
-        for ours, theirs in (
-            (block.attention.qkv, "attn.c_attn"),
-            (block.attention.out, "attn.c_proj"),
-            (block.mlp.fc, "mlp.c_fc"),
-            (block.mlp.out, "mlp.c_proj"),
-        ):
-            fill(ours.kernel, there.pop(f"transformer.h.{i}.{theirs}.weight"))  # Conv1D keeps them (in, out)
-            fill(ours.bias, there.pop(f"transformer.h.{i}.{theirs}.bias"))
-        for ours, theirs in ((block.norm1, "ln_1"), (block.norm2, "ln_2")):
-            fill(ours.scale, there.pop(f"transformer.h.{i}.{theirs}.weight"))
-            fill(ours.bias, there.pop(f"transformer.h.{i}.{theirs}.bias"))
-    fill(gpt.norm.scale, there.pop("transformer.ln_f.weight"))
-    fill(gpt.norm.bias, there.pop("transformer.ln_f.bias"))
-    head = there.pop("lm_head.weight")
-    if gpt.head is not None:
-        fill(gpt.head, head)
-    assert not there
-
-
 def copy_llama(there: dict[str, np.ndarray], gpt: GPT) -> None:
     """Copies the weights of a ``LlamaForCausalLM`` or a ``Qwen3ForCausalLM``, every tensor of both."""
     fill(gpt.token_embedding, there.pop("model.embed_tokens.weight"))
@@ -83,30 +61,17 @@ def copy_llama(there: dict[str, np.ndarray], gpt: GPT) -> None:
     assert not there
 
 
-def halves_from_pairs(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """Reorders ``[D, in]`` so that channels of a head that are turned together, neighbours there, are half a head apart."""
-    return rows.reshape(num_heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+def test_exact_gelu_equals_pytorch():
+    import torch
 
-
-def copy_llamagen(there: dict[str, np.ndarray], gpt: GPT) -> None:
-    """Copies the weights of LlamaGen's class-conditional transformer, every tensor of both; it has no padding id."""
-    num_heads, width = gpt.num_kv_heads, gpt.token_embedding[...].shape[1]
-    tables = [there.pop("tok_embeddings.weight"), there.pop("cls_embedding.embedding_table.weight")]
-    fill(gpt.token_embedding, np.concatenate([*tables, np.zeros((1, width), np.float32)]))
-    for i, block in enumerate(gpt.blocks):
-        take = lambda name, i=i: there.pop(f"layers.{i}.{name}.weight")  # noqa: E731
-        query, keys, values = np.split(take("attention.wqkv"), 3)
-        qkv = [halves_from_pairs(query, num_heads), halves_from_pairs(keys, num_heads), values]
-        fill(block.attention.qkv.kernel, np.concatenate(qkv).T)
-        fill(block.attention.out.kernel, take("attention.wo").T)
-        fill(block.mlp.gate_and_up.kernel, np.concatenate([take("feed_forward.w1"), take("feed_forward.w3")]).T)
-        fill(block.mlp.out.kernel, take("feed_forward.w2").T)
-        fill(block.norm1.scale, take("attention_norm"))
-        fill(block.norm2.scale, take("ffn_norm"))
-    fill(gpt.norm.scale, there.pop("norm.weight"))
-    head = there.pop("output.weight")
-    fill(gpt.head, np.concatenate([head, np.zeros((gpt.vocab_size - len(head), width), np.float32)]))
-    assert not there
+    mlp = ExactGELU(4, 6, 0.5, True, jnp.float32, nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(0, 3, (2, 5, 4)).astype(np.float32)
+    fc, out = ((torch.from_numpy(np.array(layer.kernel[...])) * 20, layer) for layer in (mlp.fc, mlp.out))
+    mlp.fc.kernel[...] = fc[0].numpy()  # so that tanh would be a thousandth off
+    expected = torch.nn.functional.gelu(torch.from_numpy(x) @ fc[0]) @ (out[0] / 20)
+    y = nnx.jit(lambda mlp, x: mlp(x))(mlp, x)
+    np.testing.assert_allclose(y, expected.numpy(), atol=1e-5)
+    assert np.abs(GELU.__call__(mlp, x) - y).max() > 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +94,8 @@ def test_logits_equal_hugging_face_gpt2(tie_weights, ids, transformers):
     import torch
 
     torch.manual_seed(0)
-    ours = GPT(**SIZES, num_positions=16, tie_weights=tie_weights, rngs=nnx.Rngs(0))
     config = transformers.GPT2Config(
-        vocab_size=ours.vocab_size,
+        vocab_size=25,
         n_positions=16,
         n_embd=32,
         n_layer=2,
@@ -140,7 +104,9 @@ def test_logits_equal_hugging_face_gpt2(tie_weights, ids, transformers):
         initializer_range=0.2,
     )
     theirs = transformers.GPT2LMHeadModel(config).eval()
-    copy_gpt2(arrays(theirs.state_dict()), ours)
+    table, unused = gpt2_table(2, tied=tie_weights), ["lm_head.weight"] if tie_weights else []
+    create = lambda: GPT(**SIZES, num_positions=16, tie_weights=tie_weights, rngs=nnx.Rngs(0))  # noqa: E731
+    ours = load_strictly(create, arrays(theirs.state_dict()), table, "GPT-2", unused)
     np.testing.assert_allclose(logits_of(ours, ids), peer_logits(theirs, ids), atol=1e-5)
 
 
@@ -174,18 +140,7 @@ def test_logits_equal_hugging_face_llama_and_qwen3(family, num_kv_heads, ids, tr
 def test_logits_losses_and_greedy_sample_equal_visual_gpt():
     """Golden files: a tiny checkpoint of the original with random weights, and what the original computed from it."""
     expected = np.load(GOLDEN / "visual_gpt_cosine" / "expected.npz")
-    config = json.loads((GOLDEN / "visual_gpt_cosine" / "gpt" / "config.json").read_text())
-    ours = GPT(
-        num_codes=64,
-        num_classes=config["condition_vocab"],
-        num_tokens=64,
-        d_model=config["d_model"],
-        num_layers=config["num_transformer_layers"],
-        num_heads=config["num_attn_heads"],
-        num_positions=config["max_pos_len"],
-        rngs=nnx.Rngs(0),
-    )
-    copy_gpt2(read_torch_file(GOLDEN / "visual_gpt_cosine" / "gpt" / "model.bin"), ours)
+    ours = list(read_visual_gpt([GOLDEN / "visual_gpt_cosine"]))[1].model
     token_ids = expected["token_ids"].reshape(3, 64)
 
     def logits_and_loss(labels):
@@ -205,25 +160,8 @@ def test_logits_losses_and_greedy_sample_equal_visual_gpt():
 
 @pytest.fixture(scope="module")
 def llamagen() -> GPT:
-    config = json.loads((GOLDEN / "llamagen" / "config.json").read_text())["gpt"]
-    weights = dict(read_torch_file(GOLDEN / "llamagen" / "c2i.pt")["model"])
-    side = int(config["block_size"] ** 0.5)
-    gpt = GPT(
-        num_codes=len(weights["tok_embeddings.weight"]),
-        num_classes=config["num_classes"],
-        num_tokens=config["block_size"],
-        grid=(side, side),
-        d_model=weights["norm.weight"].shape[0],
-        num_layers=sum(name.endswith("wqkv.weight") for name in weights),
-        num_heads=config["n_head"],
-        norm_epsilon=config["norm_eps"],
-        rotary_base=config["rope_base"],
-        tie_weights=False,
-        **BLOCKS["llama"] | {"positions": "rotary_llamagen"},
-        rngs=nnx.Rngs(0),
-    )
-    copy_llamagen(weights, gpt)
-    return gpt
+    (converted,) = read_llamagen([GOLDEN / "llamagen" / "c2i.pt"])
+    return converted.model
 
 
 @pytest.fixture(scope="module")

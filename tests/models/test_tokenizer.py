@@ -192,7 +192,7 @@ def test_without_code_factorization_the_widths_must_be_equal():
 
 @pytest.mark.parametrize(
     ("field", "choices"),
-    [("architecture", "vqgan, vqvae"), ("quantizer", "bsq, diveq, fsq"), ("dtype", "bfloat16, float32")],
+    [("architecture", "maskgit_vqgan, vqgan, vqvae"), ("quantizer", "bsq, diveq, fsq"), ("dtype", "bfloat16, float32")],
 )
 def test_unknown_names_list_the_choices(field, choices):
     with pytest.raises(UserError, match=rf"tokenizer\.{field} is 'nonesuch', but must be one of {choices}"):

@@ -1,5 +1,3 @@
-import json
-import re
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from vgpt_jax.models.vqgan import (
     attended,
     group_norm,
 )
+from vgpt_jax.pretrained.visual_gpt import read_visual_gpt
 
 # Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -51,74 +50,12 @@ def normal(seed, *shape):
 
 # Parity with the PyTorch original
 
-BOOKKEEPING = {"quantizer.initialized", "quantizer.done_steps", "quantizer._counts"}
-NAMES = {
-    "nin_shortcut": "shortcut",
-    "q": "query",
-    "k": "key",
-    "v": "value",
-    "proj_out": "out",
-    "downsample": "resample",
-    "upsample": "resample",
-    "in_proj": "pre_quant",
-    "out_proj": "post_quant",
-}
-
-
-def our_path(key, num_levels):
-    """The path in our state of a tensor that the original calls ``key``."""
-    key = re.sub(r"\bdown\.(\d+)\.block\.", r"levels.\1.blocks.", key)
-    key = re.sub(r"\bdown\.(\d+)\.attn\.", r"levels.\1.attentions.", key)
-    key = re.sub(r"\bdown\.(\d+)\.", r"levels.\1.", key)
-    # Their levels of the decoder count from the highest resolution, ours are in the order of the computation.
-    key = re.sub(r"\bup\.(\d+)\.", lambda m: f"levels.{num_levels - 1 - int(m[1])}.", key)
-    key = re.sub(r"(levels\.\d+)\.block\.", r"\1.blocks.", key)
-    key = re.sub(r"(levels\.\d+)\.attn\.", r"\1.attentions.", key)
-    key = key.replace("mid.block_", "middle.block").replace("mid.attn_1", "middle.attention")
-    *path, leaf = (NAMES.get(part, part) for part in key.split("."))
-    if leaf == "weight":
-        leaf = "scale" if "norm" in path[-1] else "kernel"
-    return tuple(int(part) if part.isdigit() else part for part in (*path, leaf))
-
-
-def our_layout(tensor):
-    """OIHW to HWIO, (out, in) to (in, out); a codebook is (K, D) in both."""
-    array = np.asarray(tensor)
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-
-
-def load_original(tokenizer, tensors, num_levels):
-    """Fills every parameter of ``tokenizer``, from every tensor but the quantizer's bookkeeping."""
-    params = {path: variable.shape for path, variable in nnx.to_flat_state(nnx.state(tokenizer, nnx.Param))}
-    filled = {}
-    for key, tensor in tensors.items():
-        if key not in BOOKKEEPING:
-            path = our_path(key, num_levels)
-            assert path not in filled, f"{key} is the second to fill {path}"
-            filled[path] = np.asarray(tensor) if key == "quantizer.codebook" else our_layout(tensor)
-    assert set(filled) == set(params)
-    assert {path: value.shape for path, value in filled.items()} == params
-    nnx.update(tokenizer, nnx.from_flat_state([(p, nnx.Param(jnp.asarray(v))) for p, v in filled.items()]))
-
 
 def original(dtype="float32"):
-    config = json.loads((GOLDEN / "tokenizer" / "config.json").read_text())
-    autoencoder, quantizer = config["ae_conf"], config["vq_conf"]
-    image_size = autoencoder.pop("resolution")
-    assert (autoencoder.pop("in_channels"), autoencoder.pop("out_ch")) == (3, 3)
-    assert quantizer.pop("z_dim") == quantizer["embedding_dim"]
-    arguments = {
-        "image_size": image_size,
-        "architecture": config["ae_name"],
-        "architecture_args": autoencoder,
-        "quantizer_args": quantizer | {"pretrain_steps": 0},  # the expected values are those after the warm start
-        "dtype": dtype,
-    }
-    tokenizer = drawn(lambda: Tokenizer(**arguments, rngs=nnx.Rngs(0)))
-    tensors = torch.load(GOLDEN / "tokenizer" / "model.bin", weights_only=True)
-    assert set(tensors) >= BOOKKEEPING
-    load_original(tokenizer, tensors, len(autoencoder["ch_mult"]))
-    return tokenizer
+    """The golden tokenizer of visual-gpt, computing in a dtype."""
+    converted = next(read_visual_gpt([GOLDEN]))
+    tokenizer = nnx.eval_shape(lambda: Tokenizer(**converted.arguments, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.graphdef(tokenizer), nnx.state(converted.model))
 
 
 def run(tokenizer, images, token_ids):

@@ -81,7 +81,7 @@ class GPT(nnx.Module):
       num_kv_heads: heads of keys and values, a divisor of ``num_heads``; fewer make the cache smaller. 0: ``num_heads``.
       norm: "layer_norm" or "rms_norm".
       norm_epsilon: added to the variance or the mean square.
-      mlp: "gelu" or "swiglu".
+      mlp: "gelu" (the approximation by tanh of GPT-2), "gelu_exact" or "swiglu".
       mlp_width: its inner width. 0: 4 D, or for "swiglu" 8/3 D up to a multiple of 256.
       positions: "learned", or rotary: "rotary" along the sequence, "rotary_2d" over rows and columns, "rotary_llamagen" for
         LlamaGen's weights.

@@ -10,11 +10,16 @@ from jax import Array
 
 from vgpt_jax.errors import UserError, choose
 from vgpt_jax.models.layers import DTYPES, in_float32
+from vgpt_jax.models.maskgit_vqgan import MaskGITDecoder, MaskGITEncoder
 from vgpt_jax.models.vqgan import VQGANDecoder, VQGANEncoder
 from vgpt_jax.models.vqvae import VQVAEDecoder, VQVAEEncoder
 from vgpt_jax.quantizers import QUANTIZERS, QuantizerOutput
 
-ARCHITECTURES = {"vqgan": (VQGANEncoder, VQGANDecoder), "vqvae": (VQVAEEncoder, VQVAEDecoder)}
+ARCHITECTURES = {
+    "vqgan": (VQGANEncoder, VQGANDecoder),
+    "vqvae": (VQVAEEncoder, VQVAEDecoder),
+    "maskgit_vqgan": (MaskGITEncoder, MaskGITDecoder),
+}
 
 
 @struct.dataclass
@@ -37,12 +42,14 @@ class Tokenizer(nnx.Module):
 
     Args:
       image_size: H and W in pixels.
-      architecture: "vqgan" or "vqvae": which encoder and decoder.
-      architecture_args: their arguments, the same for both (``VQGANEncoder``, ``VQVAEEncoder``).
+      architecture: "vqgan", "vqvae" or "maskgit_vqgan": which encoder and decoder.
+      architecture_args: their arguments, the same for both (``VQGANEncoder``, ``VQVAEEncoder``, ``MaskGITEncoder``).
       quantizer: a name in ``QUANTIZERS``.
       quantizer_args: its arguments.
-      code_factorization: bias-free linear maps from the latents' channels to the codes' width and back (arXiv
-        2110.04627, section 3.2). Without it the two must be equal.
+      code_factorization: linear maps from the latents' channels to the codes' width and back (arXiv 2110.04627, section
+        3.2). Without it the two must be equal.
+      factorization_bias: of those maps. VQ-GAN and LlamaGen have biases (their 1x1 convolutions around the quantizer),
+        visual-gpt has none.
       dtype: "float32" or "bfloat16", of encoder and decoder in `__call__`; parameters, the quantizer and `encode` are
         float32 always.
       rngs: ``params``.
@@ -60,6 +67,7 @@ class Tokenizer(nnx.Module):
         quantizer: str = "vector_quantize",
         quantizer_args: dict[str, Any],
         code_factorization: bool = True,
+        factorization_bias: bool = False,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
@@ -71,8 +79,9 @@ class Tokenizer(nnx.Module):
 
         z_channels, width = self.encoder.conv_out.out_features, self.quantizer.embedding_dim
         if code_factorization:
-            self.pre_quant = nnx.Linear(z_channels, width, use_bias=False, dtype=jnp.float32, rngs=rngs)
-            self.post_quant = nnx.Linear(width, z_channels, use_bias=False, dtype=jnp.float32, rngs=rngs)
+            arguments = {"use_bias": factorization_bias, "dtype": jnp.float32, "rngs": rngs}
+            self.pre_quant = nnx.Linear(z_channels, width, **arguments)
+            self.post_quant = nnx.Linear(width, z_channels, **arguments)
         elif z_channels != width:
             raise UserError(
                 f"the latents have {z_channels} channels and the codes are {width} wide: make them equal, or set "

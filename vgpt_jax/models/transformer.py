@@ -154,6 +154,13 @@ class GELU(nnx.Module):
         return 4 * d_model
 
 
+class ExactGELU(GELU):
+    """`GELU` with the function itself, ``x * (1 + erf(x / sqrt(2))) / 2``, as in minGPT and taming-transformers."""
+
+    def __call__(self, x: Array) -> Array:
+        return self.out(jax.nn.gelu(self.fc(x), approximate=False))
+
+
 class SwiGLU(nnx.Module):
     """``out(silu(gate(x)) * up(x))`` (arXiv 2002.05202), the gate and the value as one matrix."""
 
@@ -171,7 +178,7 @@ class SwiGLU(nnx.Module):
         return -(-8 * d_model // (3 * 256)) * 256
 
 
-MLPS = {"gelu": GELU, "swiglu": SwiGLU}
+MLPS = {"gelu": GELU, "gelu_exact": ExactGELU, "swiglu": SwiGLU}
 
 
 class Block(nnx.Module):
