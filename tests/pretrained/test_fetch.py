@@ -24,8 +24,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers["Range"] and server.knows_ranges:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
             if start >= len(server.content):
-                return self.send_error(416)
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(server.content)}")
+                return self.end_headers()
         self.send_response(206 if start else 200)
+        self.send_header("Content-Type", server.content_type)
         if server.says_length:
             self.send_header("Content-Length", str(len(server.content) - start))
         self.end_headers()
@@ -41,6 +44,7 @@ def server(monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.content, server.asked, server.breaks_at = CONTENT, [], None
         server.knows_ranges = server.says_length = True
+        server.content_type = "application/octet-stream"
         server.url = f"http://127.0.0.1:{server.server_port}/models/weights.pth"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -143,3 +147,43 @@ def test_a_folder_that_cannot_be_made_is_an_error(server, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"weights.pth could not be fetched \(.*file"):
         fetch(server.url, tmp_path / "file" / "weights.pth", SHA256)
+
+
+def test_a_file_without_a_published_hash_is_fetched_and_its_hash_is_said(server, path, capsys):
+    server.breaks_at = 3000
+    with pytest.raises(UserError, match="the connection broke"):
+        fetch(server.url, path, None)
+    server.breaks_at = None
+    assert fetch(server.url, path, None).read_bytes() == CONTENT
+    assert f"weights.pth: SHA-256 {SHA256}, not checked: none is published" in capsys.readouterr().err
+    server.content = b"another"
+    assert fetch(server.url, path, None).read_bytes() == CONTENT  # what is there is taken
+    assert server.asked == [None, "bytes=3000-"]
+
+
+def test_without_a_hash_the_length_is_checked(server, path):
+    with pytest.raises(UserError, match=r"is not the file that was expected \(by its length\)"):
+        fetch(server.url, path, None, len(CONTENT) + 1)
+    assert not list(path.parent.iterdir())
+    fetch(server.url, path, None, len(CONTENT))
+    with pytest.raises(UserError, match=r"is not the file .* \(by its length\): delete it"):
+        fetch(server.url, path, None, len(CONTENT) + 1)
+
+
+@pytest.mark.parametrize(("more", "fits"), [(b"", True), (b"and more", False)])
+def test_without_a_hash_the_server_says_whether_a_partial_file_is_whole(server, path, more, fits):
+    path.parent.mkdir()
+    path.with_name("weights.pth.partial").write_bytes(CONTENT + more)
+    if fits:
+        assert fetch(server.url, path, None).read_bytes() == CONTENT
+    else:
+        with pytest.raises(UserError, match="by its length"):
+            fetch(server.url, path, None)
+        assert not list(path.parent.iterdir())
+
+
+def test_a_web_page_is_not_taken_for_a_file(server, path):
+    server.content_type = "text/html; charset=utf-8"
+    with pytest.raises(UserError, match=r"could not be fetched \(the server answers with a web page"):
+        fetch(server.url, path, None)
+    assert not path.exists()

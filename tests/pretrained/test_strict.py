@@ -72,3 +72,50 @@ def test_all_that_does_not_fit_is_listed_at_once(tensors):
         "there is no norm.scale in ours",
         "c.weight give (4, 3, 2, 2) for our conv.kernel of (2, 2, 3, 4)",
     ]
+
+
+def test_each_tensor_is_taken_out_when_it_is_used_for_the_last_time(tensors):
+    """What is left when a tensor is read is what is still to come: a checkpoint need not be in memory beside the module."""
+    left = []
+
+    class Stored:
+        nbytes = 4
+
+        def __init__(self, name):
+            self.name = name
+
+        def __array__(self, dtype=None, copy=None):
+            left.append((self.name, sorted(stored)))
+            return tensors[self.name]
+
+    table = TABLE | {"linears.0.bias": (lambda a, b: a + b, ("l.bias", "l.bias")), "conv.bias": TABLE["conv.bias"]}
+    stored = {name: Stored(name) for name in tensors}
+    network = load_strictly(create, stored, table, "file.pt")
+    assert left == [
+        ("c.weight", ["c.bias", "c.more", "c.weight", "l.bias", "l.weight"]),
+        ("c.bias", ["c.bias", "c.more", "l.bias", "l.weight"]),
+        ("c.more", ["c.bias", "c.more", "l.bias", "l.weight"]),
+        ("l.weight", ["l.bias", "l.weight"]),
+        ("l.bias", ["l.bias"]),
+        ("l.bias", ["l.bias"]),
+    ]
+    assert not stored
+    np.testing.assert_allclose(network.linears[0].bias[...], 2 * tensors["l.bias"])
+
+
+def test_a_tensor_that_two_variables_share(tensors):
+    table = TABLE | {"linears.0.bias": (lambda a: np.append(a, 0.0), ("c.more",))}
+    del tensors["l.bias"]
+    network = load_strictly(create, tensors, table, "file.pt")
+    assert float(network.linears[0].bias[...][4]) == 0.0
+
+
+def test_a_tensor_of_other_dimensions_is_one_of_the_problems(tensors):
+    tensors["c.weight"] = np.ones((4, 3), np.float32)
+    tensors["l.bias"] = np.ones((2, 2), np.float32)
+    with pytest.raises(UserError) as found:
+        load_strictly(create, tensors, TABLE, "file.pt")
+    assert str(found.value).partition(" does not fit: ")[2].split("; ") == [
+        "c.weight (4, 3) cannot become our conv.kernel of (2, 2, 3, 4)",
+        "l.bias give (2, 2) for our linears.0.bias of (5,)",
+    ]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from vgpt_jax import UserError
-from vgpt_jax.pretrained.torch_file import read_torch_file
+from vgpt_jax.pretrained.torch_file import StoredTensor, open_torch_file, read_torch_file
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "visual_gpt_cosine"
 CONTAINERS = {"zip": True, "stream": False}
@@ -139,6 +139,36 @@ def test_a_real_file_reads_as_pytorch_reads_it(part):
         np.testing.assert_array_equal(found[name], tensor.numpy())
 
 
+# Tensors that stay in the file
+
+
+def test_stored_tensors_are_what_all_of_them_read_at_once_are(written):
+    base = torch.arange(24.0).reshape(2, 3, 4)
+    tensors = {"base": base, "permuted": base.permute(2, 0, 1), "sliced": base[1, ::2, 1::2], "empty": base[:, :0]}
+    tensors |= {"scalar": base[1, 2, 3], "half": torch.ones(3).half(), "flags": torch.tensor([True, False])}
+    tensors["uint16"] = torch.tensor([1, 60000]).to(torch.uint16)  # of a storage of bytes
+    found = open_torch_file(written({"nested": [tensors], "epoch": 3}))
+    assert found["epoch"] == 3
+    for name, tensor in tensors.items():
+        stored = found["nested"][0][name]
+        assert isinstance(stored, StoredTensor)
+        assert (stored.shape, stored.dtype) == (tensor.shape, tensor.numpy().dtype)
+        np.testing.assert_array_equal(np.asarray(stored), tensor.numpy())
+        assert np.asarray(stored, np.float64).dtype == np.float64
+
+
+def test_only_what_is_asked_for_is_read(tmp_path):
+    path = tmp_path / "file.pt"
+    torch.save({"wanted": torch.ones(5), "other": torch.full((64,), 1.25)}, path)
+    content = path.read_bytes()
+    at = content.index(np.float32(1.25).tobytes() * 4)
+    path.write_bytes(content[:at] + b"\x01" + content[at + 1 :])
+    found = open_torch_file(path)
+    np.testing.assert_array_equal(np.asarray(found["wanted"]), np.ones(5))
+    with pytest.raises(UserError, match="file.pt is damaged.*CRC"):
+        np.asarray(found["other"])
+
+
 # What is refused
 
 
@@ -167,8 +197,9 @@ def harmful(marker):
 def test_nothing_is_run(written, tmp_path, kind):
     marker = tmp_path / "marker"
     path = written(harmful(marker)[kind])
-    with pytest.raises(UserError, match=rf"file.pt wants \S*{kind} to be called"):
-        read_torch_file(path)
+    for read in (read_torch_file, open_torch_file):
+        with pytest.raises(UserError, match=rf"file.pt wants \S*{kind} to be called"):
+            read(path)
     assert not marker.exists()
     if kind == "system":  # the file would have done it
         torch.load(path, weights_only=False)
@@ -190,6 +221,25 @@ def test_no_opcode_runs_anything(tmp_path, pickled):
         archive.writestr("archive/data.pkl", pickled)
     with pytest.raises(UserError, match="file.pt (wants os.system to be called|is damaged)"):
         read_torch_file(path)
+
+
+class Changed:
+    """Pickles as a tensor that is given a state afterwards (BUILD)."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def __reduce__(self):
+        storage = torch.storage.TypedStorage(4, dtype=torch.float32, _internal=True)
+        return torch._utils._rebuild_tensor_v2, (storage, 0, (4,), (1,), False, OrderedDict()), self.state
+
+
+@pytest.mark.parametrize("state", [{"_read": "other"}, (None, {"shape": (9,)}), (1, (9,), "f4", False, b"\x00" * 36)])
+def test_a_tensor_cannot_be_changed_by_its_pickle(written, state):
+    path = written({"x": Changed(state)})
+    for read in (read_torch_file, open_torch_file):
+        with pytest.raises(UserError, match="file.pt is damaged"):
+            read(path)
 
 
 def test_a_class_that_is_only_named_does_no_harm(written):
@@ -227,11 +277,12 @@ def test_a_truncated_file_is_refused_wherever_it_ends(written, tmp_path):
     path = tmp_path / "cut.pt"
     for length in [*range(0, len(whole) - 1, 23), len(whole) - 1]:
         path.write_bytes(whole[:length])
-        with pytest.raises(
-            UserError, match=r"^\S+cut.pt is (damaged, or )?no PyTorch checkpoint|cut.pt is damaged"
-        ) as found:
-            read_torch_file(path)
-        assert "\n" not in str(found.value)
+        for read in (read_torch_file, open_torch_file):
+            with pytest.raises(
+                UserError, match=r"^\S+cut.pt is (damaged, or )?no PyTorch checkpoint|cut.pt is damaged"
+            ) as found:
+                read(path)
+            assert "\n" not in str(found.value)
 
 
 def test_a_damaged_tensor_of_an_archive_is_noticed(tmp_path):

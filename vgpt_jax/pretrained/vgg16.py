@@ -25,6 +25,7 @@ licence (BSD-2-Clause) wants this to be said with them:
     OF THIS SOFTWARE, EVEN IF ADVISED OF THE POSSIBILITY OF SUCH DAMAGE.
 """
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,10 @@ from flax import nnx
 from vgpt_jax.data.sources import chosen_cache_dir
 from vgpt_jax.errors import UserError
 from vgpt_jax.models.vgg16 import STAGES, VGG16
+from vgpt_jax.pretrained.converted import Converted, open_state_dict, source_of
 from vgpt_jax.pretrained.fetch import fetch
 from vgpt_jax.pretrained.strict import Table, conv_kernel, load_strictly, unchanged
-from vgpt_jax.pretrained.torch_file import read_torch_file
+from vgpt_jax.training.saved_model import load_model
 
 URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # 528 MiB, most of it the classifier
 SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
@@ -48,25 +50,48 @@ def cached_file() -> Path:
 
 
 def load_vgg16(file: str | Path = "") -> VGG16:
-    """The convolutions with the weights of a state dict in torchvision's names.
+    """The convolutions with their weights.
 
     Args:
-      file: of any VGG16 in these names, such as ``vgg16-397923af.pth``. "": torchvision's own, from the cache folder, into
-        which it is fetched if it is not there.
+      file: a state dict in torchvision's names, such as ``vgg16-397923af.pth``, or a folder that `vgpt_jax.convert` made of one.
+        "": torchvision's own, from the cache folder, into which it is fetched if it is not there.
 
     Raises:
       UserError: there is no such file, it cannot be fetched, or it holds something else.
     """
     path = Path(file).expanduser() if file else fetch(URL, cached_file(), SHA256)
-    tensors = read_torch_file(path)
-    if not isinstance(tensors, dict):
-        raise UserError(f"{path} holds no state dict")
+    if path.is_dir():
+        return load_model(converted_folder(path, "vgg16"), "vgg16")[0]
+    tensors = open_state_dict(path)
 
     def create() -> VGG16:
         return VGG16(rngs=nnx.Rngs(0))
 
-    classifier = [name for name in tensors if str(name).startswith("classifier.")]
+    classifier = [name for name in tensors if name.startswith("classifier.")]
     return load_strictly(create, tensors, _table(), str(path), ignored=classifier)
+
+
+def read_lpips(paths: Sequence[Path], *, image_size: int | None = None) -> Iterator[Converted]:
+    """The network "vgg16" that LPIPS looks through; the heads are part of this package.
+
+    Args:
+      paths: the file.
+      image_size: None: the network takes pictures of any size.
+
+    Raises:
+      UserError: as `load_vgg16`, or there is another number of files than one, or an image size.
+    """
+    if len(paths) != 1 or not paths[0].is_file():
+        raise UserError(f"VGG16 is one file, such as {cached_file().name}, but {', '.join(map(str, paths))} is given")
+    if image_size is not None:
+        raise UserError(f"image_size is {image_size}, but VGG16 takes pictures of any size: leave it out")
+    yield Converted("vgg16", load_vgg16(paths[0]), {}, {"source": source_of("lpips", paths)})
+
+
+def converted_folder(folder: Path, kind: str) -> Path:
+    """Where a model is that `vgpt_jax.convert` wrote: in the folder itself, or in the room of its kind."""
+    rooms = (folder, folder / "model", folder / kind / "model")
+    return next((room for room in rooms if (room / "metadata.json").is_file()), folder)
 
 
 def load_lpips_heads() -> list[np.ndarray]:

@@ -9,6 +9,7 @@ A folder is written beside its place and renamed, so it is there whole or not at
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,23 @@ from flax import nnx
 
 from vgpt_jax.errors import UserError
 from vgpt_jax.models.classifier import ConvClassifier
+from vgpt_jax.models.efficientnet_lite0 import EfficientNetLite0
 from vgpt_jax.models.gpt import GPT
+from vgpt_jax.models.inception import InceptionV3
 from vgpt_jax.models.tokenizer import Tokenizer
+from vgpt_jax.models.vgg16 import VGG16
+from vgpt_jax.models.vit import ViT
 
 FORMAT_VERSION = 1
-KINDS = {"tokenizer": Tokenizer, "gpt": GPT, "classifier": ConvClassifier}
+KINDS = {
+    "tokenizer": Tokenizer,
+    "gpt": GPT,
+    "classifier": ConvClassifier,
+    "vit": ViT,
+    "efficientnet_lite0": EfficientNetLite0,
+    "vgg16": VGG16,
+    "inception": InceptionV3,
+}
 
 
 def save_model(
@@ -54,8 +67,8 @@ def save_model(
     unfinished = directory.with_name(directory.name + ".unfinished")
     if jax.process_index() == 0 and unfinished.exists():
         shutil.rmtree(unfinished)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(unfinished / "weights", state)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=_room_for(state))) as checkpointer:
+        checkpointer.save(unfinished / "weights", args=ocp.args.StandardSave(state))
     if jax.process_index() == 0:
         (unfinished / "metadata.json").write_text(json.dumps(written, indent=2) + "\n")
         if directory.exists():
@@ -64,13 +77,24 @@ def save_model(
     return written
 
 
-def read_metadata(directory: Path, kind: str) -> dict[str, Any]:
+def _room_for(state: Any) -> float:
+    """Gigabytes that Orbax may hold while it writes, room for the largest array. It would hold a second copy of them all."""
+    return max([0.3, *(1.1e-9 * x.nbytes for x in jax.tree.leaves(state))])
+
+
+def read_metadata(directory: Path, kind: str | Sequence[str]) -> dict[str, Any]:
     """What a model folder says of itself.
+
+    Args:
+      directory: where `save_model` wrote.
+      kind: that it must be, or several that it may be, what they are in general first.
 
     Raises:
       UserError: there is no such folder, it is damaged, of another kind, or of a later format.
     """
     path = Path(directory) / "metadata.json"
+    kinds = (kind,) if isinstance(kind, str) else kind
+    kind = kinds[0]
     try:
         metadata = json.loads(path.read_text())
     except FileNotFoundError:
@@ -79,7 +103,7 @@ def read_metadata(directory: Path, kind: str) -> dict[str, Any]:
         ) from None
     except (json.JSONDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
-    if metadata.get("kind") != kind:
+    if metadata.get("kind") not in kinds:
         raise UserError(f"{directory} holds a {metadata.get('kind')}, but a {kind} is needed")
     if metadata["format_version"] > FORMAT_VERSION:
         raise UserError(
@@ -89,13 +113,13 @@ def read_metadata(directory: Path, kind: str) -> dict[str, Any]:
 
 
 def load_model(
-    directory: Path, kind: str, sharding: jax.sharding.Sharding | None = None
+    directory: Path, kind: str | Sequence[str], sharding: jax.sharding.Sharding | None = None
 ) -> tuple[nnx.Module, dict[str, Any]]:
     """Reads a model back: the module with its weights, and its metadata.
 
     Args:
       directory: where `save_model` wrote.
-      kind: a key of `KINDS`.
+      kind: a key of `KINDS`, or several that it may be.
       sharding: of all weights. None: on the first device.
 
     Raises:
@@ -104,7 +128,7 @@ def load_model(
     import orbax.checkpoint as ocp
 
     metadata = read_metadata(directory, kind)
-    model = nnx.eval_shape(lambda: KINDS[kind](**metadata["arguments"], rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: KINDS[metadata["kind"]](**metadata["arguments"], rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
