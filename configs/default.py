@@ -202,7 +202,7 @@ def get_config() -> ConfigDict:
             "num_steps": 150_000,
             "reconstruction": "l1",  # "l1" or "l2"
             "ema_decay": 0.0,  # of the averaged weights, which are evaluated and saved; 0: the last ones are
-            "init_from": "",  # folder of a trained tokenizer to start from; it decides the sections above but rates and loss weights
+            "init_from": "",  # folder of a trained tokenizer to start from, which decides the sections above but loss weights
             "optimizer": optimizer(4.5e-6),
         }
     )
@@ -282,7 +282,7 @@ def get_config() -> ConfigDict:
             "random_until": 0.5,  # with gpt.random_order: share of num_steps up to which every order is random;
             "raster_from": 0.75,  # from there fewer and fewer, and from this share on none. 1 and 1: random throughout
             "ema_decay": 0.0,  # of the averaged weights, which are evaluated and saved; 0: the last ones are
-            "init_from": "",  # folder of a trained generator to start from; it decides the gpt section but dropout rates
+            "init_from": "",  # folder of a trained generator to start from, which decides the gpt section but dropout rates
             "optimizer": optimizer(5e-6),
         }
     )
@@ -298,7 +298,7 @@ def get_config() -> ConfigDict:
             "batch_size": 32,
             "num_steps": 1000,
             "label_smoothing": 0.1,
-            "init_from": "",  # folder of a trained classifier to start from; it decides the classifier section
+            "init_from": "",  # folder of a trained classifier to start from, which decides the classifier section
             "optimizer": optimizer(1e-3),
         }
     )

@@ -53,7 +53,7 @@ def test_the_tokenizer_builds_and_steps(name):
     """With its discriminator, where it has one, and without the perceptual network, whose weights are no config's."""
     config = get_config(name)
     training, arguments = config.tokenizer_training, tokenizer_arguments(config)
-    tokenizer_stage.plan(config, make_mesh(), 120)
+    tokenizer_stage.plan(config, make_mesh(), 120, Path("nowhere"))
     planned = tokenizer_stage.plan_adversary(config)
     adversary = planned[1] if planned else None
 

@@ -12,12 +12,21 @@ from ml_collections import ConfigDict, config_flags
 from vgpt_jax.errors import UserError, close_names
 from vgpt_jax.files import written_whole
 
-FREE_FIELDS = ("logging", "stages", "sampling", "data.cache_dir", "max_skipped_steps")
+FREE_FIELDS = (
+    "logging",
+    "stages",
+    "sampling",
+    "data.cache_dir",
+    "data.data_dir",
+    "data.manual_dir",
+    "max_skipped_steps",
+)
 """What may change between a run and its resumption, as it changes no weight."""
 
 
 def read_flags(argv: list[str]) -> tuple[ConfigDict, Path]:
-    """Reads ``--config``, ``--workdir`` and ``--config.FIELD=VALUE`` from a command line.
+    """Reads ``--config``, ``--workdir``, ``--manual_dir`` (short for ``--config.data.manual_dir``) and ``--config.FIELD=VALUE``
+    from a command line.
 
     Args:
       argv: the program's name, then its arguments.
@@ -32,13 +41,16 @@ def read_flags(argv: list[str]) -> tuple[ConfigDict, Path]:
     own = flags.FlagValues()  # not absl's global ones, to which libraries add theirs
     config = config_flags.DEFINE_config_file("config", None, "configs/NAME.py", flag_values=own)
     workdir = flags.DEFINE_string("workdir", None, "folder of checkpoints, models and pictures", flag_values=own)
+    manual_dir = flags.DEFINE_string(
+        "manual_dir", None, "folder of downloaded archives of the data set", flag_values=own
+    )
     path = _config_path(argv)
     fields = set(_field_names(_load(path))) if path else set()
     try:
         leftover = own(argv)[1:]
     except flags.UnrecognizedFlagError as error:
         raise UserError(
-            f"unknown flag --{error.flagname}: {close_names(error.flagname, ['config', 'workdir'])}"
+            f"unknown flag --{error.flagname}: {close_names(error.flagname, ['config', 'workdir', 'manual_dir'])}"
         ) from error
     except (AttributeError, KeyError) as error:
         given = [a.removeprefix("--config.").split("=")[0] for a in argv if a.startswith("--config.")]
@@ -55,6 +67,8 @@ def read_flags(argv: list[str]) -> tuple[ConfigDict, Path]:
     for name, value, example in (("config", path, "configs/emoji.py"), ("workdir", workdir.value, "runs/emoji")):
         if not value:
             raise UserError(f"--{name} is needed, for example --{name}={example}")
+    if manual_dir.value:
+        config.value.data.manual_dir = manual_dir.value
     return config.value, Path(workdir.value).expanduser()
 
 

@@ -1,7 +1,8 @@
 """Trains every stage of a config: ``python -m vgpt_jax.main --config=configs/emoji.py --workdir=DIR``.
 
 Stages that are finished are skipped, an interrupted one goes on from its newest checkpoint. Any field of the config can
-be changed on the command line: ``--config.generator_training.num_steps=500``.
+be changed on the command line: ``--config.generator_training.num_steps=500``. ``--manual_dir=DIR`` holds archives of the data set
+that were downloaded by hand (`vgpt_jax.prepare`).
 """
 
 import os
@@ -10,16 +11,14 @@ import time
 from pathlib import Path
 
 from vgpt_jax.configuration import check_workdir, claim_workdir, read_flags
-from vgpt_jax.data.datasets import load_sources, make_transform
+from vgpt_jax.data.datasets import load_sources, make_views
+from vgpt_jax.data.tfds_prepare import QUIET_TENSORFLOW
 from vgpt_jax.errors import UserError, check_range, choose, exit_on_user_error
 from vgpt_jax.host_memory import accelerator_is_installed, keep_freed_memory
 from vgpt_jax.progress import clock
 from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
 from vgpt_jax.training.loop import train
 from vgpt_jax.training.sharding import make_mesh
-
-QUIET_TENSORFLOW = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
-"""The metric writers import tensorflow, which would greet every user with five lines of its own."""
 
 STAGES = {"tokenizer": tokenizer_stage, "generator": generator_stage, "classifier": classifier_stage}
 
@@ -46,10 +45,10 @@ def train_all(config, workdir: Path) -> None:
     check_range("max_skipped_steps", config.max_skipped_steps, least=0)
     for field in ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
         check_range(f"logging.{field}", config.logging[field], least=1)
-    make_transform(config.data)
+    make_views(config.data, config.seed)
     mesh, sources = make_mesh(), load_sources(config.data)
     for module in modules.values():
-        module.plan(config, mesh, len(sources[0].class_names))
+        module.plan(config, mesh, len(sources[0].class_names), workdir)
     claim_workdir(workdir, config)
     try:
         for name, module in modules.items():
@@ -83,7 +82,7 @@ def main(argv: list[str]) -> None:
         return
     if not accelerator_is_installed():  # there one arena would only hold up the threads that load data
         keep_freed_memory()
-    for name, value in QUIET_TENSORFLOW.items():
+    for name, value in QUIET_TENSORFLOW.items():  # the metric writers import tensorflow
         os.environ.setdefault(name, value)
     config, workdir = read_flags(argv)
     train_all(config, workdir)

@@ -1,6 +1,7 @@
 """The benchmarks that train on emoji: their variants build, and what they write goes on where it was."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_every_variant_builds_and_every_quantizer_has_one():
 @pytest.mark.parametrize("settings", [collapse.SETTINGS, switch_on.SETTINGS])
 def test_the_settings_of_the_others_are_sound(settings):
     for overrides in settings.values():
-        tokenizer_stage.plan(emoji_config(overrides), make_mesh(), 9)
+        tokenizer_stage.plan(emoji_config(overrides), make_mesh(), 9, Path("nowhere"))
 
 
 def test_steps_are_those_of_the_stage(tiny_overrides):

@@ -1,5 +1,7 @@
 """The generator's training: its loss, orders of writing and when they are random, and what the config makes of it."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,7 +154,7 @@ def test_the_grid_is_told_where_every_token_has_its_place_in_it(tiny_config):
     assert (arguments["grid"], arguments["num_tokens"]) == ([], 32)
     tiny_config.gpt.positions = "rotary_2d"
     with pytest.raises(UserError, match="grid"):
-        generator_stage.plan(tiny_config, make_mesh(), 9)
+        generator_stage.plan(tiny_config, make_mesh(), 9, Path("nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -175,4 +177,4 @@ def test_the_grid_is_told_where_every_token_has_its_place_in_it(tiny_config):
 def test_configs_that_are_not_sound_are_refused(tiny_config, changes, named):
     tiny_config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=named):
-        generator_stage.plan(tiny_config, make_mesh(), 9)
+        generator_stage.plan(tiny_config, make_mesh(), 9, Path("nowhere"))

@@ -1,5 +1,7 @@
 """The tokenizer's stage with everything on, and quantizers that give several tokens a position, through the whole pipeline."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -60,7 +62,7 @@ def test_the_other_discriminator_is_built_for_the_pictures(tiny_config):
     assert (arguments["image_size"], arguments["ch"], first, adversary.heard_from) == (32, 8, 6, 8)
     config.stylegan_discriminator.max_ch = 4
     with pytest.raises(UserError, match="stylegan_discriminator.max_ch is 4"):
-        tokenizer_stage.plan(config, make_mesh(), 9)
+        tokenizer_stage.plan(config, make_mesh(), 9, Path("nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_what_the_recipe_cannot_do_is_said_before_it_begins(field, value, messag
     config = full_recipe(tiny_config)
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
-        tokenizer_stage.plan(config, make_mesh(), 9)
+        tokenizer_stage.plan(config, make_mesh(), 9, Path("nowhere"))
 
 
 COMPOSED = {

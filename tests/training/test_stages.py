@@ -1,5 +1,8 @@
 """Each stage learns, and a step on eight devices is the step on one."""
 
+from functools import partial
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +16,13 @@ from vgpt_jax.models.classifier import ConvClassifier
 from vgpt_jax.models.gpt import GPT
 from vgpt_jax.models.tokenizer import Tokenizer
 from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
-from vgpt_jax.training.from_config import abstract_tokenizer, classifier_arguments, gpt_arguments, tokenizer_arguments
+from vgpt_jax.training.from_config import (
+    abstract_tokenizer,
+    at_image_size,
+    classifier_arguments,
+    gpt_arguments,
+    tokenizer_arguments,
+)
 from vgpt_jax.training.metric_log import curves
 from vgpt_jax.training.optimizer import make_optimizer
 from vgpt_jax.training.saved_model import load_model
@@ -145,19 +154,78 @@ def test_training_can_start_from_a_trained_model(trained, tiny_config):
     mesh, optimizer = make_mesh(), make_optimizer(learning_rate=1e-3, num_steps=10)
     state, _ = tokenizer_parts(tiny_config, mesh, optimizer)
     directory = trained / "tokenizer" / "model"
-    arguments = tokenizer_arguments(tiny_config)
-    started = start_from(state, str(directory), "tokenizer", arguments, mesh)
+    started = start_from(state, str(directory), "tokenizer", mesh)
     loaded, _ = load_model(directory, "tokenizer")
     np.testing.assert_array_equal(started.params["quantizer"]["codebook"][...], loaded.quantizer.codebook[...])
     assert int(started.buffers["quantizer"]["steps"][...]) == 40
-    with pytest.raises(UserError, match="image_size"):
-        start_from(state, str(directory), "tokenizer", arguments | {"image_size": 32}, mesh)
+
+
+def test_what_starts_from_a_trained_model_is_built_like_it(trained, tiny_config):
+    """But for what changes no result: dropout, the weights of losses. And images may be of another size."""
+    alike = tokenizer_arguments(tiny_config)
+    tiny_config.vqvae.ch, tiny_config.vector_quantize.commitment_weight = 24, 0.7
+    tiny_config.tokenizer_training.init_from = str(trained / "tokenizer" / "model")
+    arguments = tokenizer_arguments(tiny_config)
+    assert arguments["quantizer_args"].pop("commitment_weight") == 0.7
+    del alike["quantizer_args"]["commitment_weight"]
+    assert arguments == alike | {"architecture_args": arguments["architecture_args"]}
+    assert arguments["architecture_args"]["ch"] == 16
+    tiny_config.data.image_size = 32
+    assert abstract_tokenizer(tiny_config).grid == (8, 8)
+    tiny_config.data.value_range = (-1.0, 1.0)
+    with pytest.raises(
+        UserError, match=r"value_range is \[-1.0, 1.0\] in the config, but \[0.0, 1.0\] in the tokenizer in"
+    ):
+        tokenizer_arguments(tiny_config)
+
+
+def test_attention_stays_at_its_level_where_images_are_of_another_size():
+    arguments = {"image_size": 256, "architecture_args": {"ch": 8, "attn_resolutions": [16, 64]}}
+    assert at_image_size(arguments, 128)["architecture_args"] == {"ch": 8, "attn_resolutions": [8, 32]}
+    assert at_image_size(arguments, 384)["image_size"] == 384
+    with pytest.raises(UserError, match=r"attention at \[16, 64\] px cannot be one for 200 px"):
+        at_image_size(arguments, 200)
+
+
+def test_a_generator_is_for_the_tokenizer_in_the_workdir(trained, tiny_config):
+    tiny_config.vector_quantize.num_codewords = 64  # not the 32 of the one that is there
+    assert generator_stage.plan(tiny_config, make_mesh(), 9, trained)[0]["num_codes"] == 32
+    assert generator_stage.plan(tiny_config, make_mesh(), 9, Path("nowhere"))[0]["num_codes"] == 64
+    tiny_config.data.image_size = 32
+    with pytest.raises(UserError, match="data.image_size is 32 in the config, but 16 in the tokenizer in"):
+        generator_stage.plan(tiny_config, make_mesh(), 9, trained)
+
+
+def test_a_generator_goes_on_with_the_classes_that_it_knows(trained, tiny_config):
+    """Others begin anew; codes, the begin and the padding token are those of the trained one."""
+    directory = trained / "generator" / "model"
+    loaded, metadata = load_model(directory, "gpt")
+    tiny_config.generator_training.init_from = str(directory)
+    tiny_config.gpt.update(num_layers=5, residual_dropout=0.3)
+    class_names = ("robots", "Flags", "Food & Drink")
+    arguments = gpt_arguments(tiny_config, abstract_tokenizer(tiny_config), len(class_names))
+    assert (arguments["num_layers"], arguments["residual_dropout"], arguments["num_classes"]) == (2, 0.3, 3)
+    mesh, optimizer = make_mesh(), make_optimizer(learning_rate=1e-3, num_steps=10)
+    _, state = create_replicated_state(lambda rngs: GPT(**arguments, rngs=rngs), optimizer, 0, mesh)
+    fresh = np.asarray(state.params["token_embedding"][...])
+    adapt = partial(generator_stage.known_classes, class_names)
+    state = start_from(state, str(directory), "gpt", mesh, adapt)
+    found, theirs = np.asarray(state.params["token_embedding"][...]), np.asarray(loaded.token_embedding[...])
+    flags, food = (metadata["class_names"].index(name) for name in class_names[1:])
+    expected = np.concatenate([theirs[:32], fresh[32:33], theirs[[32 + flags, 32 + food]], theirs[-2:]])
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(
+        state.params["blocks"][1]["attention"]["qkv"]["kernel"][...], loaded.blocks[1].attention.qkv.kernel[...]
+    )
+    tiny_config.vector_quantize.num_codewords = 64
+    with pytest.raises(UserError, match="holds a generator of num_codes 32, but the tokenizer has 64"):
+        gpt_arguments(tiny_config, abstract_tokenizer(tiny_config), 3)
 
 
 def test_a_warm_start_that_never_ends_is_refused(tiny_config):
     tiny_config.vector_quantize.update(pretrain_steps=40)
     with pytest.raises(UserError, match="never be used"):
-        tokenizer_stage.plan(tiny_config, make_mesh(), 9)
+        tokenizer_stage.plan(tiny_config, make_mesh(), 9, Path("nowhere"))
 
 
 def test_a_batch_that_devices_cannot_share_is_refused():

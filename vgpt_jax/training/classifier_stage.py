@@ -56,8 +56,8 @@ def held_out_metrics(classifier: ConvClassifier, batch: dict) -> dict:
     return {"cross_entropy": cross_entropy(logits, batch["label"]), "accuracy": hits}
 
 
-def plan(config, mesh: Mesh, num_classes: int) -> tuple[dict[str, Any], optax.GradientTransformation]:
-    """The model's arguments and the optimizer.
+def plan(config, mesh: Mesh, num_classes: int, workdir: Path) -> tuple[dict[str, Any], optax.GradientTransformation]:
+    """The model's arguments and the optimizer; ``workdir`` does not matter to this stage.
 
     Raises:
       UserError: the config is not sound; the message names the field.
@@ -79,7 +79,7 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
     """
     training = config.classifier_training
     train_source, held_out = sources
-    arguments, optimizer = plan(config, mesh, len(train_source.class_names))
+    arguments, optimizer = plan(config, mesh, len(train_source.class_names), workdir)
     transform = make_transform(config.data)
     graph, state = create_replicated_state(
         lambda rngs: ConvClassifier(**arguments, rngs=rngs), optimizer, config.seed, mesh
@@ -104,7 +104,7 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
     return Stage(
         name="classifier",
         state=state,
-        start=lambda state: start_from(state, training.init_from, "classifier", arguments, mesh),
+        start=lambda state: start_from(state, training.init_from, "classifier", mesh),
         identity={"data": train_source.identity},
         train_steps={0: jax.jit(make_train_step(graph, optimizer, training.label_smoothing), donate_argnums=0)},
         batches=training_batches(train_source, transform.train, batch_size=training.batch_size, seed=config.seed),

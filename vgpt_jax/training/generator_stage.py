@@ -1,6 +1,7 @@
 """Stage 2: the generator learns to write the token grids of the frozen tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh
 
-from vgpt_jax.data.datasets import make_transform
+from vgpt_jax.data.datasets import make_views
 from vgpt_jax.data.loader import evaluation_batches, training_batches
 from vgpt_jax.data.token_cache import TokenSource, read_token_cache, write_token_cache
 from vgpt_jax.data.transforms import to_uint8
@@ -21,12 +23,13 @@ from vgpt_jax.evaluation.runner import Evaluation, mean_over, summed
 from vgpt_jax.losses import cross_entropy
 from vgpt_jax.models.gpt import GPT
 from vgpt_jax.models.tokenizer import Tokenizer
+from vgpt_jax.sampling.class_names import class_key, shown_name
 from vgpt_jax.sampling.cond_visual_gpt import CondVisualGPT, Samples
 from vgpt_jax.sampling.request import Drawing
-from vgpt_jax.training.from_config import abstract_tokenizer, gpt_arguments
+from vgpt_jax.training.from_config import gpt_arguments, trained_tokenizer
 from vgpt_jax.training.optimizer import make_optimizer
 from vgpt_jax.training.saved_model import load_model, save_model
-from vgpt_jax.training.sharding import check_batch_size, replicated
+from vgpt_jax.training.sharding import DATA_AXIS, check_batch_size, replicate, replicated, split_over
 from vgpt_jax.training.stage import Stage
 from vgpt_jax.training.state import (
     TrainState,
@@ -125,33 +128,38 @@ def held_out_metrics(gpt: GPT, batch: dict) -> dict:
     return metrics
 
 
-def unigram_nats(tokens: TokenSource) -> float:
+def unigram_nats(tokens: TokenSource, num_codes: int) -> float:
     """Entropy in nats of the distribution of single tokens: what a model that has learnt nothing else would reach."""
-    return entropy(np.bincount(tokens.token_ids.ravel()))
+    return entropy(tokens.counts(num_codes))
 
 
 def token_sources(
     config, tokenizer: Tokenizer, fingerprint: str, workdir: Path, sources: tuple[Any, Any]
 ) -> tuple[TokenSource, TokenSource]:
-    """Both parts of the token cache, written first if it is not there.
+    """Both parts of the token cache, of which what is missing is written first: by every process its own shards.
 
     Raises:
-      UserError: the cache is of another tokenizer, or damaged.
+      UserError: the cache is of another tokenizer, of other data or views, or damaged.
     """
     directory = workdir / "token_cache"
-    if not directory.exists():
-        graph, state = nnx.split(tokenizer)
-        encode = jax.jit(lambda state, images: nnx.merge(graph, state).encode(images))
-        write_token_cache(
-            directory,
-            lambda images: encode(state, images),
-            *sources,
-            make_transform(config.data),
-            batch_size=ENCODE_BATCH,
-            num_codes=tokenizer.num_codes,
-            token_shape=tokenizer.token_shape,
-            fingerprint=fingerprint,
-        )
+    graph, state = nnx.split(tokenizer)
+    mine = jax.make_mesh((jax.local_device_count(),), (DATA_AXIS,), (AxisType.Auto,), devices=jax.local_devices())
+    state = replicate(mine, jax.device_get(state))
+    encode = jax.jit(lambda state, images: nnx.merge(graph, state).encode(images))
+    write_token_cache(
+        directory,
+        lambda images: encode(state, split_over(mine, images)),
+        sources,
+        make_views(config.data, config.seed),
+        batch_size=ENCODE_BATCH * mine.size,
+        num_codes=tokenizer.num_codes,
+        token_shape=tokenizer.token_shape,
+        fingerprint=fingerprint,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("token cache")
     return read_token_cache(directory, fingerprint=fingerprint)
 
 
@@ -166,8 +174,8 @@ def drawing_of(config, seed: int) -> Drawing:
     return Drawing.of(**options, seed=seed)
 
 
-def plan(config, mesh: Mesh, num_classes: int) -> tuple[dict[str, Any], optax.GradientTransformation]:
-    """The model's arguments, for the tokenizer that the config describes, and the optimizer.
+def plan(config, mesh: Mesh, num_classes: int, workdir: Path) -> tuple[dict[str, Any], optax.GradientTransformation]:
+    """The model's arguments, for the tokenizer in the workdir or else the one that the config describes, and the optimizer.
 
     Raises:
       UserError: the config is not sound; the message names the field.
@@ -178,13 +186,38 @@ def plan(config, mesh: Mesh, num_classes: int) -> tuple[dict[str, Any], optax.Gr
     check_range("generator_training.raster_from", training.raster_from, least=training.random_until, most=1)
     check_range("generator_training.ema_decay", training.ema_decay, least=0, most=0.999999)
     check_range("sampling.num", config.sampling.num, least=1)
-    arguments = gpt_arguments(config, abstract_tokenizer(config), num_classes)
+    arguments = gpt_arguments(config, trained_tokenizer(config, workdir), num_classes)
     gpt = nnx.eval_shape(lambda: GPT(**arguments, rngs=nnx.Rngs(0)))
     try:
         drawing_of(config, 0).check(gpt)
     except UserError as error:
         raise UserError(f"in the config's sampling section, {error}") from error
     return arguments, make_optimizer(num_steps=training.num_steps, **training.optimizer)
+
+
+def known_classes(
+    class_names: Sequence[str], there: nnx.State, fresh: nnx.State, metadata: dict[str, Any]
+) -> nnx.State:
+    """The parameters of a trained generator for other classes: those that it knows by name keep their vectors, new ones begin
+    with fresh ones.
+
+    Args:
+      class_names: C of them.
+      there: parameters of the trained generator.
+      fresh: parameters of the generator for ``class_names``.
+      metadata: of the trained generator.
+    """
+    num_codes, old = metadata["arguments"]["num_codes"], [class_key(name) for name in metadata["class_names"]]
+    known = [(i, old.index(class_key(name))) for i, name in enumerate(class_names) if class_key(name) in old]
+    mine, theirs = (np.array([pair[side] for pair in known], np.int32) + num_codes for side in (0, 1))
+
+    def adapted(path, table, start):
+        if not any(name in jax.tree_util.keystr(path) for name in ("token_embedding", "'head'")):
+            return table
+        start = start.at[:num_codes].set(table[:num_codes]).at[-2:].set(table[-2:])
+        return start.at[mine].set(table[theirs])
+
+    return jax.tree.map_with_path(adapted, there, fresh)
 
 
 def phases(config) -> dict[int, RandomShare | None]:
@@ -204,26 +237,16 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
       UserError: as `plan`; or there is no tokenizer, or it does not fit the config or the token cache.
     """
     training = config.generator_training
-    arguments, optimizer = plan(config, mesh, len(sources[0].class_names))
+    arguments, optimizer = plan(config, mesh, len(sources[0].class_names), workdir)
     tokenizer, of_tokenizer = load_model(workdir / "tokenizer" / "model", "tokenizer", replicated(mesh))
-    for field, mine, there in (
-        ("data.image_size", config.data.image_size, tokenizer.image_size),
-        ("data.value_range", list(config.data.value_range), of_tokenizer["value_range"]),
-        ("the number of codes", arguments["num_codes"], tokenizer.num_codes),
-        ("the number of tokens", arguments["num_tokens"], tokenizer.num_tokens),
-    ):
-        if mine != there:
-            raise UserError(
-                f"{field} is {mine} in the config, but {there} in the tokenizer in {workdir}: make them agree"
-            )
     train_tokens, held_out = token_sources(config, tokenizer, of_tokenizer["fingerprint"], workdir, sources)
-    unigram = unigram_nats(train_tokens)
+    unigram = unigram_nats(train_tokens, tokenizer.num_codes)
 
     graph, state = create_replicated_state(
         lambda rngs: GPT(**arguments, rngs=rngs), optimizer, config.seed, mesh, averaged=training.ema_decay > 0
     )
     eval_sums = summed(lambda state, batch: held_out_metrics(averaged_model(graph, state), batch))
-    class_names = train_tokens.class_names[:MAX_CLASSES_SHOWN]
+    shown = [shown_name(name) for name in train_tokens.class_names[:MAX_CLASSES_SHOWN]]
 
     def evaluate(state: TrainState) -> Evaluation:
         batches = evaluation_batches(held_out, lambda example: example, batch_size=training.batch_size)
@@ -235,10 +258,10 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
             value_range=of_tokenizer["value_range"],
             mesh=mesh,
         )
-        labels = model.labels(range(len(class_names)), config.sampling.num)
+        labels = model.labels(range(len(shown)), config.sampling.num)
         drawn = Samples.joined(list(model.draw(labels, drawing_of(config, config.seed))))
         pictures = enlarge(to_uint8(drawn.images, (0, 1)), scale_for(tokenizer.image_size, 96))
-        grid = make_grid(pictures, config.sampling.num, row_names=class_names)
+        grid = make_grid(pictures, config.sampling.num, row_names=shown)
         scalars = means | {"bits_per_token": means["nats_per_token"] / np.log(2), "unigram_nats": unigram}
         return Evaluation(scalars, {"samples": grid})
 
@@ -257,7 +280,9 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
     return Stage(
         name="generator",
         state=state,
-        start=lambda state: start_from(state, training.init_from, "gpt", arguments, mesh),
+        start=lambda state: start_from(
+            state, training.init_from, "gpt", mesh, partial(known_classes, train_tokens.class_names)
+        ),
         identity={"data": train_tokens.identity, "tokenizer": of_tokenizer["fingerprint"]},
         train_steps={
             first: jax.jit(make_train_step(graph, optimizer, training.ema_decay, random_share), donate_argnums=0)

@@ -1,6 +1,5 @@
 """The state of a training run: one pytree that is donated, sharded, saved and restored as a whole."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,22 +127,38 @@ def create_replicated_state(
     return graph, create()
 
 
-def start_from(state: TrainState, directory: str, kind: str, arguments: dict[str, Any], mesh: Mesh) -> TrainState:
+def start_from(
+    state: TrainState,
+    directory: str,
+    kind: str,
+    mesh: Mesh,
+    adapt: Callable[[nnx.State, nnx.State, dict[str, Any]], nnx.State] | None = None,
+) -> TrainState:
     """Puts the weights of a trained model into the state of step 0, if ``directory`` is not "".
 
+    Args:
+      state: of a model that was built as that one was.
+      directory: of the trained model.
+      kind: of model.
+      mesh: where the state is.
+      adapt: ``(its parameters, those of the state, its metadata)`` to parameters of the state's shapes.
+
     Raises:
-      UserError: there is no such model, or it was built with other arguments.
+      UserError: there is no such model, or its weights are of other shapes.
     """
     if not directory:
         return state
     model, metadata = load_model(Path(directory), kind, replicated(mesh))
-    given, there = (json.loads(json.dumps(a)) for a in (arguments, metadata["arguments"]))
-    other = [name for name in given | there if given.get(name) != there.get(name)]
-    if other:
-        raise UserError(
-            f"init_from {directory} holds a {kind} with other {', '.join(other)}: make the config agree, or start from scratch"
-        )
     _, params, buffers = nnx.split(model, nnx.Param, ...)
+    if adapt is not None:
+        params = adapt(params, state.params, metadata)
+    for mine, there in ((state.params, params), (state.buffers, buffers)):
+        shapes = [
+            {jax.tree_util.keystr(p): x.shape for p, x in jax.tree.leaves_with_path(tree)} for tree in (mine, there)
+        ]
+        other = [name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)]
+        if other:
+            raise UserError(f"init_from {directory} holds a {kind} with other shapes: {', '.join(other[:5])}")
     averages = None if state.averages is None else jax.tree.map(jnp.copy, params)
     return state.replace(params=params, buffers=buffers, averages=averages)
 

@@ -109,8 +109,8 @@ def plan_adversary(config) -> tuple[dict[str, Any], Adversary, int] | None:
     return arguments, adversary, first
 
 
-def plan(config, mesh: Mesh, num_classes: int) -> tuple[dict[str, Any], optax.GradientTransformation]:
-    """The model's arguments and the optimizer; ``num_classes`` does not matter to this stage.
+def plan(config, mesh: Mesh, num_classes: int, workdir: Path) -> tuple[dict[str, Any], optax.GradientTransformation]:
+    """The model's arguments and the optimizer; ``num_classes`` and ``workdir`` do not matter to this stage.
 
     Raises:
       UserError: the config is not sound; the message names the field. Nothing else is to be found out in training.
@@ -142,7 +142,7 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
     """
     training = config.tokenizer_training
     train_source, held_out = sources
-    arguments, optimizer = plan(config, mesh, len(train_source.class_names))
+    arguments, optimizer = plan(config, mesh, len(train_source.class_names), workdir)
     transform = make_transform(config.data)
     graph, state = create_replicated_state(
         lambda rngs: Tokenizer(**arguments, rngs=rngs), optimizer, config.seed, mesh, averaged=training.ema_decay > 0
@@ -197,7 +197,7 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
     return Stage(
         name="tokenizer",
         state=state,
-        start=lambda state: start_from(state, training.init_from, "tokenizer", arguments, mesh),
+        start=lambda state: start_from(state, training.init_from, "tokenizer", mesh),
         identity={"data": train_source.identity},
         train_steps={first: compiled(step, frozen) for first, step in train_steps.items()},
         batches=training_batches(train_source, transform.train, batch_size=training.batch_size, seed=config.seed),
