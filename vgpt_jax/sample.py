@@ -18,8 +18,9 @@ import numpy as np
 from vgpt_jax.data.transforms import to_uint8
 from vgpt_jax.errors import UserError, exit_on_user_error
 from vgpt_jax.host_memory import accelerator_is_installed, keep_freed_memory
+from vgpt_jax.pretrained.rerankers import NONE
 from vgpt_jax.progress import progress
-from vgpt_jax.sampling.class_names import slug
+from vgpt_jax.sampling.class_names import shown_name, slug
 from vgpt_jax.sampling.completion import Completion, read_completion
 from vgpt_jax.sampling.cond_visual_gpt import CondVisualGPT, Samples
 from vgpt_jax.sampling.guidance import GUIDANCE_SCHEDULES
@@ -69,8 +70,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add(
         "--accept_n",
         type=int,
-        default=10,
-        help="candidates for each picture; the classifier keeps the best (default 10)",
+        help="candidates for each picture; the classifier keeps the best (default 10; without a classifier 1)",
+    )
+    add(
+        "--classifier",
+        metavar="own|efficientnet|dogs|none|PATH",
+        help="what chooses: the workdir's own classifier; EfficientNet-Lite0, which knows ImageNet's classes; visual-gpt's ViT "
+        "for dog breeds; nothing; or a folder with a ViT (default: own where there is one, else efficientnet)",
     )
     add("--num", type=int, default=1, help="pictures of each class (default 1)")
     for name, kind, text in DRAWING_OPTIONS:
@@ -113,11 +119,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if bool(arguments.complete) != bool(arguments.keep):
         parser.error("--complete and --keep belong together")
     if arguments.again:
-        for name in ("accept_n", "num", "complete", *(name for name, *_ in DRAWING_OPTIONS)):
+        for name in ("accept_n", "classifier", "num", "complete", *(name for name, *_ in DRAWING_OPTIONS)):
             if getattr(arguments, name) != parser.get_default(name):
                 parser.error(f"--again draws what its record drew, and as it did: leave --{name} out")
     if arguments.pick and not arguments.again:
         parser.error("--pick chooses from the pictures of --again")
+    if arguments.classifier == NONE and (arguments.accept_n or 1) > 1:
+        parser.error(
+            f"--accept_n {arguments.accept_n}, but with --classifier none nothing chooses among the candidates"
+        )
     return arguments
 
 
@@ -186,7 +196,7 @@ def draw_again(
     for label in labels:
         if not 0 <= label < classes:
             raise UserError(f"the record is of another model: there is no label {label} among the {classes} classes")
-    return sampler.model.draw(labels, record.drawing, score=sampler.score, indices=indices, completion=completion)
+    return sampler.draw(labels, record.drawing, indices=indices, completion=completion)
 
 
 def completion_of(sampler: ClassConditionedRejectionSampler, settings: dict) -> Completion | None:
@@ -210,7 +220,9 @@ def main(argv: list[str]) -> None:
     before = read_record(Path(arguments.again)) if arguments.again else None
     if not accelerator_is_installed():
         keep_freed_memory()
-    sampler = ClassConditionedRejectionSampler.from_pretrained(arguments.from_pretrained, make_mesh())
+    chooser = before.settings.get("classifier") if before else arguments.classifier
+    accept_n = arguments.accept_n or (1 if chooser == NONE else 10)
+    sampler = ClassConditionedRejectionSampler.from_pretrained(arguments.from_pretrained, make_mesh(), chooser)
     model = sampler.model
     if arguments.z_shape and tuple(arguments.z_shape) != tuple(model.tokenizer.grid):
         raise UserError(
@@ -219,8 +231,9 @@ def main(argv: list[str]) -> None:
 
     settings = {
         name: getattr(arguments, name)
-        for name in ("from_pretrained", "cls_name", "num", "accept_n", "complete", "keep")
+        for name in ("from_pretrained", "cls_name", "num", "classifier", "complete", "keep")
     }
+    settings["accept_n"] = accept_n
     if before is not None:
         settings = before.settings | {"from_pretrained": arguments.from_pretrained, "accept_n": 1, "num": 1}
     completion = completion_of(sampler, settings)
@@ -231,13 +244,7 @@ def main(argv: list[str]) -> None:
         drawing = Drawing(**{name: getattr(arguments, name) for name, *_ in DRAWING_OPTIONS})
         labels = model.labels(arguments.cls_name, arguments.num)
         total = len(labels)
-        batches = model.draw(
-            labels,
-            drawing,
-            accept_n=arguments.accept_n,
-            score=sampler.score,
-            completion=completion,
-        )
+        batches = sampler.draw(labels, drawing, accept_n=accept_n, completion=completion)
     record = Record(settings, drawing, [])
     folder = path.with_suffix("") if arguments.files or total > IN_GRID else None
     try:
@@ -296,7 +303,7 @@ def write_pictures(
     pictures = to_uint8(samples.images, (0, 1))[:IN_GRID]
     num = record.settings["num"]
     columns = min(num, MAX_COLUMNS)
-    row_names = [model.class_names[label] for label in samples.labels[:IN_GRID:num]]
+    row_names = [shown_name(model.class_names[label]) for label in samples.labels[:IN_GRID:num]]
     if completion is not None:
         grid = completion_grid(completion, pictures, num, row_names)
     else:
@@ -316,9 +323,13 @@ def report(record: Record, before: Record | None, pick: list[int] | None) -> Non
         chosen = [before.pictures[i] for i in pick] if pick else before.pictures
         same = sum(new["token_ids"] == old["token_ids"] for new, old in zip(record.pictures, chosen, strict=True))
         print(f"made again: {same} of {len(chosen)} with the same tokens")
+    if not record.pictures or "score" not in record.pictures[0]:
+        return
     for picture in record.pictures[:IN_GIF]:
         scores = picture["candidate_scores"]
-        print(f"{picture['class']}: score {picture['score']:.3f}, best of {len(scores)} (mean {np.mean(scores):.3f})")
+        print(
+            f"{shown_name(picture['class'])}: score {picture['score']:.3f}, best of {len(scores)} (mean {np.mean(scores):.3f})"
+        )
     if len(record.pictures) > IN_GIF:
         print(f"mean score of {len(record.pictures)}: {np.mean([p['score'] for p in record.pictures]):.3f}")
 

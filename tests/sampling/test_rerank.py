@@ -11,6 +11,7 @@ from flax import nnx
 
 from vgpt_jax.errors import UserError
 from vgpt_jax.models.classifier import ConvClassifier
+from vgpt_jax.models.efficientnet_lite0 import EfficientNetLite0
 from vgpt_jax.sampling import cond_visual_gpt
 from vgpt_jax.sampling.program import ClassifierScore
 from vgpt_jax.sampling.request import Drawing
@@ -158,3 +159,52 @@ def test_a_classifier_of_other_classes_is_refused(random_workdir, tmp_path):
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"class_names": ["a", "b", "c"]}))
     with pytest.raises(UserError, match="was trained on other classes"):
         ClassConditionedRejectionSampler.from_pretrained(tmp_path / "run")
+
+
+# Classifiers that know other labels
+
+
+@pytest.fixture(scope="module")
+def by_labels(raster_toy, toy_classifier):
+    """The toy's classifier as one of elsewhere, whose images are in 0..1."""
+    labels = ("small dogs", "big dogs, young", "Big dogs, old")
+    return ClassConditionedRejectionSampler(raster_toy, toy_classifier, labels=labels, value_range=(0.0, 1.0))
+
+
+def test_labels_are_found_by_name_and_those_of_a_class_are_added_up(by_labels, toy_classifier, raster_toy):
+    drawn = raster_toy.sample(["big", "small"], num=4, **OPTIONS)
+    ranked = by_labels.sample(["big", "small"], accept_n=4, **OPTIONS)
+    scores = np.asarray(jax.nn.softmax(toy_classifier(drawn.images), axis=-1))
+    expected = np.stack([scores[:4, 1] + scores[:4, 2], scores[4:, 0]])
+    np.testing.assert_allclose(ranked.candidate_scores, expected, atol=1e-5)
+    np.testing.assert_array_equal(ranked.indices, [expected[0].argmax(), 4 + expected[1].argmax()])
+
+
+def test_a_class_that_the_classifier_does_not_know_is_refused_where_it_is_asked_for(by_labels):
+    with pytest.raises(UserError, match="the classifier has no label for Cats: choose another"):
+        by_labels.stream(["small", "cats"])
+
+
+def test_labels_must_be_as_many_as_the_classifier_knows(raster_toy, toy_classifier):
+    with pytest.raises(UserError, match="knows 3 classes, its list of labels 2"):
+        ClassConditionedRejectionSampler(raster_toy, toy_classifier, labels=("a", "b"))
+
+
+def test_without_a_classifier_what_comes_is_kept(random_workdir):
+    sampler = ClassConditionedRejectionSampler.from_pretrained(random_workdir, classifier="none")
+    assert sampler.sample(["cats"], accept_n=1, **OPTIONS).scores is None
+    with pytest.raises(UserError, match="nothing that scores"):
+        sampler.sample(["cats"], accept_n=2, **OPTIONS)
+
+
+def test_the_classifier_is_the_workdirs_own_or_else_efficientnet(random_workdir, tmp_path):
+    own = ClassConditionedRejectionSampler.from_pretrained(random_workdir)
+    assert isinstance(own.classifier, ConvClassifier)
+    assert own.matches is None
+    shutil.copytree(random_workdir, tmp_path / "run", ignore=shutil.ignore_patterns("classifier"))
+    other = ClassConditionedRejectionSampler.from_pretrained(tmp_path / "run")
+    assert isinstance(other.classifier.network, EfficientNetLite0)
+    with pytest.raises(UserError, match="no label for Big Dogs: choose another"):
+        other.stream(["big dogs"])
+    with pytest.raises(UserError, match="there is no trained classifier"):
+        ClassConditionedRejectionSampler.from_pretrained(tmp_path / "run", classifier="own")

@@ -31,17 +31,24 @@ class ClassifierScore(nnx.Module):
     """The softmax score of the label: a `Score` of a classifier.
 
     Args:
-      classifier: images in the tokenizer's value range to logits ``[B, classes]``.
-      value_range: of the tokenizer.
+      classifier: images in ``value_range`` to logits ``[B, L]``.
+      value_range: of the images that it is given.
+      matches: ``[classes, L]`` bool, which of the classifier's labels mean each class; a class scores the sum over its own. None:
+        the two are the same.
     """
 
-    def __init__(self, classifier: nnx.Module, value_range: tuple[float, float]):
+    def __init__(self, classifier: nnx.Module, value_range: tuple[float, float], matches: np.ndarray | None = None):
         self.classifier, self.value_range = classifier, value_range
+        self.matches = None if matches is None else nnx.Variable(jnp.asarray(matches, jnp.float32))
 
-    def __call__(self, images: Array, labels: Array) -> Array:
+    def class_scores(self, images: Array) -> Array:
+        """Images ``[B, H, W, 3]`` in 0..1 to scores of all classes, ``[B, classes]`` float32 in 0..1."""
         low, high = self.value_range
         scores = jax.nn.softmax(self.classifier(images * (high - low) + low), axis=-1)
-        return jnp.take_along_axis(scores, jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
+        return scores if self.matches is None else jnp.einsum("bl,cl->bc", scores, self.matches[...])
+
+    def __call__(self, images: Array, labels: Array) -> Array:
+        return jnp.take_along_axis(self.class_scores(images), jnp.maximum(labels, 0)[:, None], axis=-1)[:, 0]
 
 
 @struct.dataclass
