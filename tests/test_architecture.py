@@ -10,17 +10,19 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "vgpt_jax"
 
 FLOORS = [  # from the ground up; a module imports from floors below its own, and from its own package on its own floor
-    {"errors", "progress", "files", "host_memory"},
+    {"errors", "progress", "files", "host_memory", "imagenet"},
     {"quantizers", "configuration"},
     {"models", "losses", "evaluation.metrics", "visualization"},
     {"data", "sampling.logits", "sampling.guidance", "sampling.generate", "sampling.parallel", "sampling.request",
      "sampling.program", "sampling.class_names", "training.sharding", "training.optimizer", "training.from_config",
      "training.saved_model", "training.state", "training.checkpoint", "training.metric_log"},
     {"sampling.completion", "sampling.cond_visual_gpt", "sampling.progressive", "sampling.record", "evaluation.runner",
+     "evaluation.frechet",
      "pretrained", "training.diff_augment"},
     {"sampling.rerank", "training.stage", "training.tokenizer_step"},
     {"training.loop", "training.tokenizer_stage", "training.generator_stage", "training.classifier_stage"},
-    {"main", "sample", "evaluate"},
+    {"evaluation.measure"},
+    {"main", "sample", "evaluate", "convert", "prepare"},
     {"benchmarks"},
 ]  # fmt: skip
 
@@ -87,7 +89,7 @@ def test_configs_import_configs_and_ml_collections_only():
     [
         "import vgpt_jax",
         "from vgpt_jax import CondVisualGPT, ClassConditionedRejectionSampler, VectorQuantize, Tokenizer, GPT",
-        "import vgpt_jax.sample",
+        "import vgpt_jax.sample, vgpt_jax.convert, vgpt_jax.evaluate, vgpt_jax.prepare",
         "import vgpt_jax.training.tokenizer_stage, vgpt_jax.training.generator_stage, vgpt_jax.training.classifier_stage",
     ],
 )

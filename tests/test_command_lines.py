@@ -6,9 +6,15 @@ import sys
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from vgpt_jax import evaluate, main, sample
+from vgpt_jax.data.image_folder import load_image_folder
+from vgpt_jax.data.token_cache import read_token_cache
+from vgpt_jax.evaluation import measure
+from vgpt_jax.evaluation.frechet import frechet_distance
+from vgpt_jax.training.saved_model import read_metadata
 
 
 @pytest.fixture
@@ -27,8 +33,9 @@ def test_evaluate_writes_figures_and_pictures_that_agree_with_the_cache(trained,
     shutil.copytree(trained, workdir)
     evaluate.main(["--workdir", str(workdir), "--num", "2", "--accept_n", "2"])
     figures = json.loads((workdir / "evaluation" / "metrics.json").read_text())
+    fingerprint = read_metadata(workdir / "tokenizer" / "model", "tokenizer")["fingerprint"]
     for part in ("held_out", "training"):
-        ids = np.load(workdir / "token_cache" / f"{part}.npz")["token_ids"].ravel()
+        ids = read_token_cache(workdir / "token_cache", fingerprint=fingerprint)[part == "held_out"].token_ids.ravel()
         share = np.bincount(ids, minlength=32) / len(ids)
         by_hand = np.exp(-sum(p * np.log(p) for p in share if p > 0))
         assert figures[f"tokenizer/{part}_code_use"] == pytest.approx(np.mean(share > 0))
@@ -39,6 +46,76 @@ def test_evaluate_writes_figures_and_pictures_that_agree_with_the_cache(trained,
     for picture in ("reconstructions", "samples", "curves"):
         assert Image.open(workdir / "evaluation" / f"{picture}.png").width > 100
     assert (workdir / "evaluation" / "table.md").read_text().strip() in capsys.readouterr().out
+
+
+@pytest.fixture
+def run_evaluate(monkeypatch):
+    def run(*arguments: object) -> None:
+        arguments = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+        evaluate.main(arguments)
+
+    return run
+
+
+@pytest.fixture
+def animals(tmp_path):
+    """A folder of random pictures of the toy's classes, and the arguments that name it."""
+    rng = np.random.default_rng(0)
+    for name in ("big dogs", "cats", "small dogs"):
+        (tmp_path / "animals" / name).mkdir(parents=True)
+        for i in range(8):
+            picture = rng.integers(0, 256, (20, 16, 3), np.uint8)
+            Image.fromarray(picture).save(tmp_path / "animals" / name / f"{i}.png")
+    data = {"name": "image_folder", "folder": tmp_path / "animals", "held_out_percent": 50, "resize_size": 0}
+    return ["--config=configs/emoji.py", *(f"--config.data.{name}={value}" for name, value in data.items())]
+
+
+class MeanColours(nnx.Module):
+    """Stands for a network of features."""
+
+    def __call__(self, images):
+        return images.mean((1, 2))
+
+
+def test_evaluate_measures_models_that_nobody_trained_here(
+    random_workdir, random_toy, animals, run_evaluate, tmp_path, capsys, monkeypatch
+):
+    """On data of its classes in another order, at its own size and range, with held-out tokens made on the spot."""
+    monkeypatch.setattr(measure, "_feature_network", lambda request: MeanColours())
+    workdir = tmp_path / "run"
+    shutil.copytree(random_workdir, workdir)
+    options = ("--num", 2, "--accept_n", 2, "--frechet", "efficientnet")
+    run_evaluate(
+        "--workdir", workdir, *animals, "--config.sampling.guidance=1.0", "--config.sampling.top_k=0", *options
+    )
+    figures = json.loads((workdir / "evaluation" / "metrics.json").read_text())
+    _, held_out = load_image_folder(str(tmp_path / "animals"), held_out_percent=50)
+    assert 3 < figures["generator/nats_per_token"] < 10  # random weights, and 32 codes
+    assert "generator/random_order_nats_per_token" in figures
+    assert 0 <= figures["classifier/accuracy"] <= 1
+    assert figures["sampling/score_of_best"] >= figures["sampling/score_of_one"]
+    assert figures["sampling/frechet_pictures"] == 6
+    before = np.stack([held_out[i]["image"][2:18] for i in range(len(held_out))]) / 255.0
+    after = (np.clip(random_toy.tokenizer(before * 2 - 1).reconstruction, -1, 1) + 1) / 2
+    gaussians = [f(x.mean((1, 2))) for x in (before, after) for f in (lambda c: c.mean(0), lambda c: np.cov(c.T))]
+    assert figures["tokenizer/frechet"] == pytest.approx(frechet_distance(*gaussians), rel=1e-3)
+    assert 0 < figures["sampling/frechet"] != figures["tokenizer/frechet"]
+    assert "tokenizer/training_code_use" not in figures
+    out = capsys.readouterr().out
+    assert "(features of efficientnet, 6 pictures)" in out and "not measured" not in out
+
+
+def test_evaluate_leaves_out_what_is_not_there(random_workdir, animals, run_evaluate, tmp_path, capsys, error_of):
+    workdir = tmp_path / "run"
+    shutil.copytree(random_workdir, workdir, ignore=shutil.ignore_patterns("generator", "classifier"))
+    run_evaluate("--workdir", workdir, *animals)
+    figures = json.loads((workdir / "evaluation" / "metrics.json").read_text())
+    assert {name.split("/")[0] for name in figures} == {"tokenizer"}
+    assert not (workdir / "evaluation" / "curves.png").exists()
+    assert "not measured: the generator and its samples: there is none" in capsys.readouterr().out
+    assert "has no config: say which data" in error_of(run_evaluate, "--workdir", workdir)
+    assert "'--acept_n' is no flag" in error_of(run_evaluate, "--workdir", workdir, "--acept_n", 3)
 
 
 def test_evaluate_of_no_workdir_is_one_line(tmp_path, error_of):

@@ -1,0 +1,273 @@
+"""Measures what a folder holds: a finished training, or models that were converted; whatever of the three there is."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from vgpt_jax.data.datasets import load_sources, make_transform
+from vgpt_jax.data.loader import evaluation_batches
+from vgpt_jax.data.token_cache import TokenSource, read_token_cache
+from vgpt_jax.data.transforms import to_uint8
+from vgpt_jax.errors import UserError, choose
+from vgpt_jax.evaluation.frechet import FeatureStatistics, feature_statistics, frechet_distance
+from vgpt_jax.evaluation.metrics import codebook_metrics
+from vgpt_jax.evaluation.runner import mean_over, summed
+from vgpt_jax.models.preprocessed import Preprocessed
+from vgpt_jax.models.tokenizer import Tokenizer
+from vgpt_jax.pretrained.efficientnet_lite0 import PREPROCESSING, load_efficientnet_lite0
+from vgpt_jax.pretrained.inception import load_inception
+from vgpt_jax.sampling.class_names import class_key, shown_name
+from vgpt_jax.sampling.cond_visual_gpt import Samples, encode
+from vgpt_jax.sampling.program import ClassifierScore
+from vgpt_jax.sampling.rerank import ClassConditionedRejectionSampler
+from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
+from vgpt_jax.training.saved_model import load_model
+from vgpt_jax.training.sharding import make_mesh, place_on, replicate
+from vgpt_jax.visualization.grid import enlarge, make_grid, scale_for
+
+BATCH_SIZE = 32
+FRECHET = ("none", "efficientnet", "inception")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be measured.
+
+    Attributes:
+      num: pictures drawn of each class.
+      accept_n: candidates for each.
+      seed: of the sampling.
+      classifier: that chooses among them, as `load_reranker` takes it; None: the folder's own where there is one.
+      frechet: network of the Fréchet distances, one of ``FRECHET``.
+      inception_file: of Inception: its file or folder; "": the cache folder, or else it is fetched.
+    """
+
+    num: int
+    accept_n: int
+    seed: int
+    classifier: str | None = None
+    frechet: str = "none"
+    inception_file: str = ""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures by name, pictures ``[H, W, 3]`` uint8 by name, and what could not be measured and why."""
+
+    figures: dict[str, float]
+    pictures: dict[str, np.ndarray]
+    left_out: list[str]
+
+
+def measure(workdir: Path, config, request: Request) -> Measured:
+    """All figures of a folder, on the held-out part of a config's data.
+
+    Images are of the size and range of the tokenizer in the folder, whatever the config says.
+
+    Raises:
+      UserError: there is no tokenizer, the parts do not fit each other, or the data is not there.
+    """
+    choose("--frechet", request.frechet, dict.fromkeys(FRECHET))
+    mesh = make_mesh()
+    tokenizer, metadata = load_model(workdir / "tokenizer" / "model", "tokenizer")
+    size = tokenizer.image_size
+    resize_size = math.ceil(config.data.resize_size * size / config.data.image_size)  # the same share is cut off
+    config.data.update(image_size=size, resize_size=resize_size, value_range=tuple(metadata["value_range"]))
+    run = _Run(mesh, config, tokenizer, load_sources(config.data), make_transform(config.data))
+    embed = _feature_network(request)
+    figures, left_out = _of_tokenizer(run, embed), []
+    graph, state = nnx.split(tokenizer)
+    reconstruct = jax.jit(lambda images: nnx.merge(graph, state)(images).reconstruction)
+    pictures = {"reconstructions": tokenizer_stage.reconstructions(run.held_out, run.transform, reconstruct)}
+    if not (workdir / "generator" / "model").is_dir():
+        return Measured(figures, pictures, ["the generator and its samples: there is none"])
+
+    sampler = ClassConditionedRejectionSampler.from_pretrained(workdir, mesh, request.classifier)
+    training_tokens, held_out_tokens = _tokens(run, workdir, metadata["fingerprint"])
+    figures |= _codes(run.tokenizer, training_tokens, held_out_tokens)
+    labels = _labels_of(sampler.model.class_names, run.held_out.class_names)
+    if labels is None:
+        left_out.append(
+            "the generator's nats and the classifier's accuracy: the data has classes that it does not know"
+        )
+    else:
+        figures |= _of_generator(run, sampler, training_tokens, _relabelled(held_out_tokens, labels))
+        if sampler.score is not None:
+            figures["classifier/accuracy"] = _accuracy(run, sampler, labels)
+    sampled, samples = _of_samples(run, sampler, request, embed)
+    drawn = enlarge(to_uint8(samples.images, (0, 1)), scale_for(size, 96))
+    names = [shown_name(name) for name in sampler.model.class_names]
+    return Measured(figures | sampled, pictures | {"samples": make_grid(drawn, request.num, row_names=names)}, left_out)
+
+
+@dataclass(frozen=True)
+class _Run:
+    mesh: Mesh
+    config: Any
+    tokenizer: Tokenizer
+    sources: tuple[Any, Any]
+    transform: Any
+
+    @property
+    def held_out(self) -> Any:
+        return self.sources[1]
+
+    def batches(self, source: Any, view: Callable | None = None) -> Iterator[dict]:
+        return evaluation_batches(source, view or self.transform.evaluate, batch_size=BATCH_SIZE * self.mesh.size)
+
+    def means(self, modules: Any, metrics: Callable, source: Any, view: Callable | None = None) -> dict[str, float]:
+        """The means over a source of ``metrics(modules, batch)``."""
+        graph, state = nnx.split(modules)
+        sums = summed(lambda state, batch: metrics(nnx.merge(graph, state), batch))
+        return mean_over(sums, replicate(self.mesh, state), self.batches(source, view), self.mesh)
+
+    def statistics(self, modules: Any, features: Callable, batches: Iterator[dict]) -> FeatureStatistics:
+        """Of ``features(modules, batch)``."""
+        graph, state = nnx.split(modules)
+        of_state = lambda state, batch: features(nnx.merge(graph, state), batch)  # noqa: E731
+        return feature_statistics(of_state, replicate(self.mesh, state), batches, self.mesh)
+
+    def unit(self, images: Any) -> Any:
+        """Images in the tokenizer's range to 0..1, clipped."""
+        low, high = self.config.data.value_range
+        return (images.clip(low, high) - low) / (high - low)
+
+
+def _of_tokenizer(run: _Run, embed: nnx.Module | None) -> dict[str, float]:
+    value_range = run.config.data.value_range
+    found = run.means(
+        (run.tokenizer, tokenizer_stage.perceptual_metrics(run.config)),
+        lambda m, batch: tokenizer_stage.held_out_metrics(m[0], batch, value_range, m[1]),
+        run.held_out,
+    )
+    names = {"psnr": "psnr_db"} | {name: name for name in ("ssim", "l1", "feature_distance", "lpips")}
+    figures = {f"tokenizer/{ours}": found[name] for name, ours in names.items() if name in found}
+    figures |= {f"tokenizer/held_out_{name}": value for name, value in codebook_metrics(found["counts"]).items()}
+    if embed is not None:
+        before = run.statistics(embed, lambda m, batch: m(run.unit(batch["image"])), run.batches(run.held_out))
+        after = run.statistics(
+            (embed, run.tokenizer),
+            lambda m, batch: m[0](run.unit(m[1](batch["image"]).reconstruction)),
+            run.batches(run.held_out),
+        )
+        figures |= {"tokenizer/frechet": _distance(before, after), "tokenizer/frechet_pictures": before.count}
+    return figures
+
+
+def _tokens(run: _Run, workdir: Path, fingerprint: str) -> tuple[TokenSource | None, TokenSource]:
+    """The token cache; or, where there is none, the held-out part encoded now."""
+    if (workdir / "token_cache").is_dir():
+        return read_token_cache(workdir / "token_cache", fingerprint=fingerprint)
+    graph, state = nnx.split(place_on(run.mesh, run.tokenizer))
+    ids, labels = [], []
+    for batch in run.batches(run.held_out):
+        ids.append(np.asarray(encode(graph, state, batch["image"]))[batch["mask"]])
+        labels.append(batch["label"][batch["mask"]])
+    ids = np.concatenate(ids)
+    return None, TokenSource((ids.reshape(1, len(ids), -1),), np.concatenate(labels), run.held_out.class_names)
+
+
+def _codes(tokenizer: Tokenizer, training: TokenSource | None, held_out: TokenSource) -> dict[str, float]:
+    figures = {}
+    for part, source in (("held_out", held_out), ("training", training)):
+        if source is not None:
+            metrics = codebook_metrics(source.counts(tokenizer.num_codes))
+            figures |= {f"tokenizer/{part}_{name}": value for name, value in metrics.items()}
+    return figures
+
+
+def _labels_of(class_names: tuple[str, ...], of_data: tuple[str, ...]) -> np.ndarray | None:
+    """The generator's label of each class of the data, ``[C]`` int32; None where it does not know one."""
+    known = {class_key(name): i for i, name in reversed(list(enumerate(class_names)))}
+    found = [known.get(class_key(name)) for name in of_data]
+    return None if None in found else np.array(found, np.int32)
+
+
+def _relabelled(tokens: TokenSource, labels: np.ndarray) -> TokenSource:
+    return TokenSource(tokens.shards, labels[tokens.labels], tokens.class_names)
+
+
+def _of_generator(
+    run: _Run, sampler: ClassConditionedRejectionSampler, training: TokenSource | None, held_out: TokenSource
+) -> dict[str, float]:
+    found = run.means(sampler.model.gpt, generator_stage.held_out_metrics, held_out, lambda example: example)
+    nats = found["nats_per_token"]
+    unigram = generator_stage.unigram_nats(held_out if training is None else training, run.tokenizer.num_codes)
+    return {f"generator/{name}": value for name, value in found.items()} | {
+        "generator/bits_per_token": nats / math.log(2),
+        "generator/unigram_nats": unigram,
+        "generator/share_below_unigram": 1 - nats / unigram,
+    }
+
+
+def _accuracy(run: _Run, sampler: ClassConditionedRejectionSampler, labels: np.ndarray) -> float:
+    """Of the classifier, as far as it knows the generator's classes."""
+    if sampler.matches is None:
+        own = run.means(sampler.classifier, classifier_stage.held_out_metrics, run.held_out)
+        return own["accuracy"]
+
+    def hits(score: ClassifierScore, batch: dict) -> dict:
+        scores = score.class_scores(run.unit(batch["image"]))
+        return {"accuracy": (jnp.argmax(scores, axis=-1) == labels[batch["label"]]).astype(jnp.float32)}
+
+    return run.means(sampler.score, hits, run.held_out)["accuracy"]
+
+
+def _of_samples(
+    run: _Run, sampler: ClassConditionedRejectionSampler, request: Request, embed: nnx.Module | None
+) -> tuple[dict[str, float], Samples]:
+    model = sampler.model
+    labels = model.labels(range(len(model.class_names)), request.num)
+    drawing = generator_stage.drawing_of(run.config, request.seed)
+    begun = time.monotonic()
+    samples = Samples.joined(list(sampler.draw(labels, drawing, accept_n=request.accept_n)))
+    figures = {
+        "sampling/seconds": time.monotonic() - begun,
+        "sampling/accept_n": request.accept_n,
+        "sampling/candidates": len(labels) * request.accept_n,
+    }
+    if samples.scores is not None:
+        figures["sampling/score_of_one"] = samples.candidate_scores.mean()
+        figures["sampling/score_of_best"] = samples.scores.mean()
+    if embed is not None:
+        real = run.statistics(embed, lambda m, batch: m(run.unit(batch["image"])), run.batches(run.sources[0]))
+        images = [{"image": image} for image in samples.images]
+        drawn = run.statistics(embed, lambda m, batch: m(batch["image"]), run.batches(images, lambda example: example))
+        figures |= {"sampling/frechet": _distance(real, drawn), "sampling/frechet_pictures": drawn.count}
+    return figures, samples
+
+
+def _feature_network(request: Request) -> nnx.Module | None:
+    """Images ``[B, H, W, 3]`` in 0..1 to features ``[B, D]``."""
+    if request.frechet == "inception":
+        return load_inception(request.inception_file)
+    if request.inception_file:
+        raise UserError("--inception_file is for --frechet inception")
+    if request.frechet == "efficientnet":
+        network = load_efficientnet_lite0()
+        size = PREPROCESSING["image_size"]
+        return Preprocessed(_Embedding(network), **PREPROCESSING | {"resize_size": size})
+    return None
+
+
+class _Embedding(nnx.Module):
+    """What a classifier makes its logits of."""
+
+    def __init__(self, network: nnx.Module):
+        self.network = network
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.network.embed(x)
+
+
+def _distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
+    return frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
