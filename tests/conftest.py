@@ -1,4 +1,4 @@
-"""Eight CPU devices for the sharding tests, and a cache folder that lives as long as the session."""
+"""Eight CPU devices for the sharding tests, a cache folder that lives as long as the session, tiny configs and models."""
 
 import os
 import sys
@@ -10,6 +10,9 @@ import pytest
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+# What one process has compiled the others, and those that tests start, need not; nor does the next run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
