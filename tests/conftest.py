@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 # Before JAX starts its backend. Nothing in the suite depends on how many devices there are but what tests sharding.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most of the suite's time goes into compiling small programs that run for a moment: they are compiled fast, not to be fast.
+FAST_COMPILATION = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + f" {FAST_COMPILATION} --xla_force_host_platform_device_count=8"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 # What one process has compiled the others, and those that tests start, need not; nor does the next run.
@@ -20,6 +24,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 def _cache_dir(tmp_path_factory):
     """Rendered emoji and folder scans go to a temporary folder, here and in child processes."""
     os.environ["VGPT_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs():
+    """Programs of a module are let go with it: those of all together take gigabytes."""
+    yield
+    import jax
+
+    jax.clear_caches()
 
 
 TINY = {  # every stage in seconds: 16 px, 4x4 tokens, batches that eight devices can share

@@ -219,6 +219,13 @@ def test_a_folder_in_the_way_of_a_file_is_one_line(draw, tmp_path, error_of):
         (["--cls_name", "cats", "--z_shape", "16", "16"], "--z_shape is (16, 16)"),
         (["--cls_name", "cats", "--save_path", "out.mp4"], "must end in .gif"),
         (["--cls_name", "cats", "--accept_n", "0"], "accept_n is 0"),
+        (["--cls_name", "cats", "--accept_n", "2", "--classifier", "none"], "with --classifier none nothing chooses"),
+        (
+            ["--cls_name", "cats", "--classifier", "efficientnt"],
+            "--classifier is 'efficientnt', but must be own, efficientnet",
+        ),
+        (["--cls_name", "cats", "--classifier", "efficientnet"], "the classifier has no label for Cats"),
+        (["--again", "x.json", "--classifier", "none"], "leave --classifier out"),
         (["--cls_name", "cats", "--num", "0"], "num is 0"),
         (["--cls_name", "cats", "--seed", "-1"], "seed is -1"),
         (["--cls_name", "cats", "--view", "sideways"], "--view"),

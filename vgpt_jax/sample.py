@@ -221,7 +221,9 @@ def main(argv: list[str]) -> None:
     if not accelerator_is_installed():
         keep_freed_memory()
     chooser = before.settings.get("classifier") if before else arguments.classifier
-    accept_n = arguments.accept_n or (1 if chooser == NONE else 10)
+    accept_n = arguments.accept_n
+    if accept_n is None:
+        accept_n = 1 if chooser == NONE else 10
     sampler = ClassConditionedRejectionSampler.from_pretrained(arguments.from_pretrained, make_mesh(), chooser)
     model = sampler.model
     if arguments.z_shape and tuple(arguments.z_shape) != tuple(model.tokenizer.grid):
