@@ -1,5 +1,6 @@
 """Eight CPU devices for the sharding tests, a cache folder that lives as long as the session, tiny configs and models."""
 
+import fcntl
 import os
 import sys
 from pathlib import Path
@@ -90,11 +91,15 @@ def make_tiny_config():
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """A workdir in which all three stages of the tiny config are finished. Not to be written to."""
+    """A workdir in which all three stages of the tiny config are finished, one for all processes of the run. Not to be written
+    to."""
     from vgpt_jax.main import train_all
 
-    workdir = tmp_path_factory.mktemp("trained")
-    train_all(make_tiny_config(), workdir)
+    folder = tmp_path_factory.getbasetemp()
+    workdir = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "trained"
+    with workdir.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second waits, and finds every stage finished
+        train_all(make_tiny_config(), workdir)
     return workdir
 
 

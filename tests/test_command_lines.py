@@ -106,6 +106,20 @@ def test_evaluate_measures_models_that_nobody_trained_here(
     assert "(features of efficientnet, 6 pictures)" in out and "not measured" not in out
 
 
+def test_evaluate_goes_without_a_classifier_where_none_knows_the_classes(
+    random_workdir, animals, run_evaluate, tmp_path, capsys
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(random_workdir, workdir, ignore=shutil.ignore_patterns("classifier"))
+    run_evaluate(
+        "--workdir", workdir, *animals, "--config.sampling.guidance=1.0", "--config.sampling.top_k=0", "--num", 1
+    )
+    figures = json.loads((workdir / "evaluation" / "metrics.json").read_text())
+    assert (figures["sampling/accept_n"], figures["sampling/candidates"]) == (1, 3)
+    assert not {"sampling/score_of_best", "classifier/accuracy"} & set(figures)
+    assert "not measured: scores: there is no classifier that knows all classes" in capsys.readouterr().out
+
+
 def test_evaluate_leaves_out_what_is_not_there(random_workdir, animals, run_evaluate, tmp_path, capsys, error_of):
     workdir = tmp_path / "run"
     shutil.copytree(random_workdir, workdir, ignore=shutil.ignore_patterns("generator", "classifier"))

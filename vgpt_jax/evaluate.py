@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
     add("--inception_file", default="", help="pt_inception-2015-12-05-6726825d.pth, which is fetched otherwise")
     arguments, rest = parser.parse_known_args(argv)
     workdir = arguments.workdir
-    other = [argument for argument in rest if not argument.startswith("--config")]
+    other = [argument for argument in rest if argument.startswith("-") and not argument.startswith("--config")]
     if other:
         raise UserError(f"{other[0]!r} is no flag of this (see --help)")
     if rest:

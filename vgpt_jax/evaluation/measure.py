@@ -1,5 +1,6 @@
 """Measures what a folder holds: a finished training, or models that were converted; whatever of the three there is."""
 
+import collections
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +26,9 @@ from vgpt_jax.models.preprocessed import Preprocessed
 from vgpt_jax.models.tokenizer import Tokenizer
 from vgpt_jax.pretrained.efficientnet_lite0 import PREPROCESSING, load_efficientnet_lite0
 from vgpt_jax.pretrained.inception import load_inception
+from vgpt_jax.progress import progress
 from vgpt_jax.sampling.class_names import class_key, shown_name
-from vgpt_jax.sampling.cond_visual_gpt import Samples, encode
+from vgpt_jax.sampling.cond_visual_gpt import encode
 from vgpt_jax.sampling.program import ClassifierScore
 from vgpt_jax.sampling.rerank import ClassConditionedRejectionSampler
 from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
@@ -35,6 +37,7 @@ from vgpt_jax.training.sharding import make_mesh, place_on, replicate
 from vgpt_jax.visualization.grid import enlarge, make_grid, scale_for
 
 BATCH_SIZE = 32
+CLASSES_SHOWN = 12
 FRECHET = ("none", "efficientnet", "inception")
 
 
@@ -91,7 +94,7 @@ def measure(workdir: Path, config, request: Request) -> Measured:
     if not (workdir / "generator" / "model").is_dir():
         return Measured(figures, pictures, ["the generator and its samples: there is none"])
 
-    sampler = ClassConditionedRejectionSampler.from_pretrained(workdir, mesh, request.classifier)
+    sampler, accept_n = _sampler(run, workdir, request)
     training_tokens, held_out_tokens = _tokens(run, workdir, metadata["fingerprint"])
     figures |= _codes(run.tokenizer, training_tokens, held_out_tokens)
     labels = _labels_of(sampler.model.class_names, run.held_out.class_names)
@@ -103,10 +106,10 @@ def measure(workdir: Path, config, request: Request) -> Measured:
         figures |= _of_generator(run, sampler, training_tokens, _relabelled(held_out_tokens, labels))
         if sampler.score is not None:
             figures["classifier/accuracy"] = _accuracy(run, sampler, labels)
-    sampled, samples = _of_samples(run, sampler, request, embed)
-    drawn = enlarge(to_uint8(samples.images, (0, 1)), scale_for(size, 96))
-    names = [shown_name(name) for name in sampler.model.class_names]
-    return Measured(figures | sampled, pictures | {"samples": make_grid(drawn, request.num, row_names=names)}, left_out)
+    if sampler.score is None and request.classifier is None:
+        left_out.append("scores: there is no classifier that knows all classes (--classifier)")
+    sampled, grid = _of_samples(run, sampler, accept_n, request, embed)
+    return Measured(figures | sampled, pictures | {"samples": grid}, left_out)
 
 
 @dataclass(frozen=True)
@@ -222,28 +225,55 @@ def _accuracy(run: _Run, sampler: ClassConditionedRejectionSampler, labels: np.n
     return run.means(sampler.score, hits, run.held_out)["accuracy"]
 
 
+def _sampler(run: _Run, workdir: Path, request: Request) -> tuple[ClassConditionedRejectionSampler, int]:
+    """What draws, and of how many candidates it keeps the best.
+
+    Where no classifier was asked for, none is there, and the one that is installed does not know all classes, nothing chooses.
+    """
+    sampler = ClassConditionedRejectionSampler.from_pretrained(workdir, run.mesh, request.classifier)
+    if request.classifier is None and sampler.matches is not None and not sampler.matches.any(axis=1).all():
+        sampler = ClassConditionedRejectionSampler(sampler.model, None)
+    return sampler, 1 if sampler.score is None and request.classifier is None else request.accept_n
+
+
 def _of_samples(
-    run: _Run, sampler: ClassConditionedRejectionSampler, request: Request, embed: nnx.Module | None
-) -> tuple[dict[str, float], Samples]:
+    run: _Run, sampler: ClassConditionedRejectionSampler, accept_n: int, request: Request, embed: nnx.Module | None
+) -> tuple[dict[str, float], np.ndarray]:
+    """Figures of samples of every class, and those of the first classes in a grid. Pictures come and go in batches."""
     model = sampler.model
     labels = model.labels(range(len(model.class_names)), request.num)
+    names = [shown_name(name) for name in model.class_names[:CLASSES_SHOWN]]
     drawing = generator_stage.drawing_of(run.config, request.seed)
+    shown, candidate_scores = [], []
     begun = time.monotonic()
-    samples = Samples.joined(list(sampler.draw(labels, drawing, accept_n=request.accept_n)))
-    figures = {
-        "sampling/seconds": time.monotonic() - begun,
-        "sampling/accept_n": request.accept_n,
-        "sampling/candidates": len(labels) * request.accept_n,
-    }
-    if samples.scores is not None:
-        figures["sampling/score_of_one"] = samples.candidate_scores.mean()
-        figures["sampling/score_of_best"] = samples.scores.mean()
-    if embed is not None:
+
+    def batches() -> Iterator[dict]:
+        left = len(names) * request.num
+        draw = sampler.draw(labels, drawing, accept_n=accept_n)
+        for samples in draw:
+            shown.append(to_uint8(samples.images[: max(left, 0)], (0, 1)))
+            left -= len(shown[-1])
+            if samples.scores is not None:
+                candidate_scores.append(samples.candidate_scores)
+            padding = -len(samples.images) % run.mesh.size
+            mask = np.arange(len(samples.images) + padding) < len(samples.images)
+            yield {"image": np.pad(samples.images, ((0, padding), (0, 0), (0, 0), (0, 0)), mode="edge"), "mask": mask}
+
+    figures = {"sampling/accept_n": accept_n, "sampling/candidates": len(labels) * accept_n}
+    drawn = progress(batches(), f"drawing {len(labels):,} pictures, batches")
+    if embed is None:
+        collections.deque(drawn, maxlen=0)
+        figures["sampling/seconds"] = time.monotonic() - begun
+    else:
+        of_samples = run.statistics(embed, lambda m, batch: m(batch["image"]), drawn)
+        figures["sampling/seconds"] = time.monotonic() - begun
         real = run.statistics(embed, lambda m, batch: m(run.unit(batch["image"])), run.batches(run.sources[0]))
-        images = [{"image": image} for image in samples.images]
-        drawn = run.statistics(embed, lambda m, batch: m(batch["image"]), run.batches(images, lambda example: example))
-        figures |= {"sampling/frechet": _distance(real, drawn), "sampling/frechet_pictures": drawn.count}
-    return figures, samples
+        figures |= {"sampling/frechet": _distance(real, of_samples), "sampling/frechet_pictures": of_samples.count}
+    if candidate_scores:
+        scores = np.concatenate(candidate_scores)
+        figures |= {"sampling/score_of_one": scores.mean(), "sampling/score_of_best": scores.max(axis=1).mean()}
+    pictures = enlarge(np.concatenate(shown), scale_for(model.tokenizer.image_size, 96))
+    return figures, make_grid(pictures, request.num, row_names=names)
 
 
 def _feature_network(request: Request) -> nnx.Module | None:
