@@ -47,7 +47,7 @@ def executed(tmp_path_factory):
         "PYTHONPATH": str(ROOT),
         "IPYTHONDIR": str(folder / "ipython"),
         # one device, and programs that compile fast: they run for a moment only
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].split(" --xla_force")[0],
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_DATA_DIR", str(folder / "jupyter"))  # no kernels of the user's, but this interpreter
