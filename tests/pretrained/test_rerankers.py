@@ -55,8 +55,9 @@ def test_a_workdirs_own_is_for_its_tokenizers_images(random_workdir):
         assert load_reranker(str(folder), random_workdir / "elsewhere").labels == own.labels
 
 
-def test_efficientnet_is_installed_and_knows_imagenets_classes(tmp_path):
-    found = load_reranker("efficientnet", tmp_path)
+@pytest.mark.parametrize("name", ["efficientnet", "efficientnet-lite0", "efficientnet_lite0"])
+def test_efficientnet_is_installed_and_knows_imagenets_classes(name, tmp_path):
+    found = load_reranker(name, tmp_path)
     assert found.labels == imagenet_class_names()
     assert found.value_range == (0.0, 1.0)
 
@@ -78,7 +79,7 @@ def test_visual_gpts_own_comes_from_the_hubs_cache_or_is_fetched(read, tmp_path,
     snapshot = tmp_path / f"models--{DOGS_HUB_NAME.replace('/', '--')}" / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text(json.dumps({}))
-    for choice in ("dogs", DOGS_HUB_NAME, str(snapshot)):
+    for choice in ("dogs", "dog-breeds-vit", DOGS_HUB_NAME, str(snapshot)):
         read.clear()
         assert load_reranker(choice, tmp_path).labels == LABELS
         assert read == [snapshot]

@@ -14,7 +14,8 @@ from vgpt_jax.training.saved_model import load_model
 
 OWN, EFFICIENTNET, DOGS, NONE = "own", "efficientnet", "dogs", "none"
 DOGS_HUB_NAME = "wesleyacheng/dog-breeds-multiclass-image-classification-with-vit"
-DOGS_KNOWN_NAME = "dog-breeds-vit"
+KNOWN_NAMES = {EFFICIENTNET: "efficientnet-lite0", DOGS: "dog-breeds-vit"}
+"""In ``pretrained.known``, where they may be called so too."""
 KINDS = ("classifier", "vit", "efficientnet_lite0")
 
 
@@ -46,13 +47,14 @@ def load_reranker(choice: str, directory: Path) -> Reranker:
     Raises:
       UserError: there is none of that name, or it is damaged.
     """
+    choice = {known: name for name, known in KNOWN_NAMES.items()}.get(choice.replace("_", "-"), choice)
     if choice == OWN:
         return _of_folder(directory / "classifier" / "model")
     if choice == EFFICIENTNET:
         return _preprocessed(next(read_efficientnet_lite0([])))
     if choice == DOGS:
         there = find_in_hub_cache(DOGS_HUB_NAME)
-        return _preprocessed(next(read_hf_vit([there] if there else fetch_known(DOGS_KNOWN_NAME))))
+        return _preprocessed(next(read_hf_vit([there] if there else fetch_known(KNOWN_NAMES[DOGS]))))
     folder = Path(choice).expanduser()
     for model in (folder, folder / "model", folder / "classifier" / "model"):
         if (model / "metadata.json").is_file():
