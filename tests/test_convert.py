@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -122,6 +123,9 @@ def test_a_generator_needs_its_tokenizer(error, out, tmp_path, error_of):
         (["--format", "llamagen"], "PATH is needed"),
         (["--format", "llamagen", "nowhere.pt"], "there is no file or folder nowhere.pt, nor a public checkpoint"),
         (["--format", "llamagen", TOKENIZER, "--image_size", "0"], "--image_size is 0"),
+        (["--format", "llamagen", "x" * 5000], "nor a public checkpoint of that name"),
+        (["--format", "llamagen", "a\0b"], "nor a public checkpoint of that name"),
+        (["--format", "llamagen", TOKENIZER, "--image_size", "100000"], "but must be at least 1 and at most 16384"),
         (["--format", "llamagen", TOKENIZER, "--image_size", "7"], "image_size 7 cannot be halved 1 times"),
         (["--format", "llamagen", TOKENIZER, "--size", "16"], "unrecognized arguments: --size 16"),
         (["--format", "taming", TOKENIZER], "there are no settings for"),
@@ -157,10 +161,25 @@ def test_nothing_in_a_file_is_run_and_a_truncated_one_is_refused(error, tmp_path
 
 def test_an_out_that_cannot_be_written_is_one_line(error_of, tmp_path):
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+    for out in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / ("n" * 300)):
         arguments = ["--format", "llamagen", TOKENIZER, "--out", str(out)]
         assert f"--out {out} cannot be written (" in error_of(lambda *a: convert.main(list(a)), *arguments)
     assert "--out is needed" in error_of(lambda *a: convert.main(list(a)), "--format", "llamagen", TOKENIZER)
+
+
+def test_a_full_disk_is_one_line(error, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=2_000_000, free=300_000))
+    line = error("--format", "llamagen", TOKENIZER, "--image_size", "16")
+    assert "out cannot be written (1.3 MB are needed, but 0.3 MB are free)" in line
+
+
+@pytest.mark.parametrize("metadata", ["[]", '{"kind": "tokenizer"}', "[" * 10**5])
+def test_a_damaged_tokenizer_is_one_line(error_of, tmp_path, metadata):
+    (tmp_path / "tokenizer" / "model").mkdir(parents=True)
+    (tmp_path / "tokenizer" / "model" / "metadata.json").write_text(metadata)
+    line = error_of(lambda *a: convert.main(list(a)), "--format", "llamagen", GENERATOR, "--out", str(tmp_path))
+    assert "metadata.json " in line
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
 
 
 def test_if_one_room_cannot_be_moved_none_is(tmp_path, monkeypatch, error_of):

@@ -1,6 +1,6 @@
 import pytest
 
-from vgpt_jax.errors import UserError, choose, close_names, exit_on_user_error
+from vgpt_jax.errors import UserError, choose, close_names, exit_on_user_error, listed
 
 
 def test_close_name_is_suggested():
@@ -31,6 +31,11 @@ def test_long_list_is_cut():
     assert "name20" not in listed
 
 
+def test_names_in_a_row():
+    assert listed(str(i) for i in range(3)) == "0, 1, 2"
+    assert listed("abcd", most=2) == "a, b and 2 more"
+
+
 def test_choose_looks_up():
     assert choose("data.name", "b", {"a": 1, "b": 2}) == 2
 
@@ -56,6 +61,16 @@ def test_user_error_ends_a_command_with_one_line_and_status_two(capsys):
     written = capsys.readouterr()
     assert written.err == "error: data.folder '' is not a folder\n"
     assert written.out == ""
+
+
+def test_a_message_is_one_line_whatever_names_are_in_it(capsys):
+    @exit_on_user_error
+    def command():
+        raise UserError("a\nb\r\n is missing")
+
+    with pytest.raises(SystemExit):
+        command()
+    assert capsys.readouterr().err == "error: a b is missing\n"
 
 
 def test_other_errors_pass_through():

@@ -9,6 +9,7 @@ The name of a public checkpoint (``--list``) stands for its files and their form
 
 import argparse
 import math
+import os
 import re
 import shlex
 import shutil
@@ -23,7 +24,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from vgpt_jax.errors import UserError, choose, close_names, exit_on_user_error
+from vgpt_jax.errors import UserError, check_range, choose, close_names, exit_on_user_error
 from vgpt_jax.models.tokenizer import Tokenizer
 from vgpt_jax.pretrained.converted import Converted
 from vgpt_jax.pretrained.efficientnet_lite0 import read_efficientnet_lite0
@@ -35,7 +36,7 @@ from vgpt_jax.pretrained.maskgit import read_maskgit
 from vgpt_jax.pretrained.taming import read_taming
 from vgpt_jax.pretrained.vgg16 import read_lpips
 from vgpt_jax.pretrained.visual_gpt import read_visual_gpt
-from vgpt_jax.training.saved_model import read_metadata, save_model
+from vgpt_jax.training.saved_model import abstract_model, read_metadata, save_model
 
 FORMATS: Mapping[str, Callable[..., Iterator[Converted]]] = {
     "visual_gpt": read_visual_gpt,
@@ -57,6 +58,8 @@ ROOMS = {  # where in DIR each kind of model lives
     "vgg16": "vgg16",
     "inception": "inception",
 }
+
+MAX_IMAGE_SIZE = 2**14  # pixels
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,8 @@ def convert(
         already; or a generator comes without its tokenizer.
     """
     read = choose("--format", format_name, FORMATS)
-    if image_size is not None and image_size < 1:
-        raise UserError(f"--image_size is {image_size}, but must be at least 1")
+    if image_size is not None:
+        check_range("--image_size", image_size, least=1, most=MAX_IMAGE_SIZE)
     written = {}
     with _staging_folder(out) as staging:
         tokens = _tokens_in(out)
@@ -101,6 +104,7 @@ def convert(
             if converted.kind == "gpt":
                 metadata["tokenizer_fingerprint"] = _checked(converted, tokens, out).fingerprint
             print(f"writing {_described(converted)}", flush=True)
+            _check_space(staging, converted.model)
             place = staging / room.name / "model"
             saved = save_model(place, converted.kind, converted.model, converted.arguments, **metadata)
             if converted.kind == "tokenizer":
@@ -114,10 +118,10 @@ def convert(
 @contextmanager
 def _staging_folder(out: Path) -> Iterator[Path]:
     """A folder inside ``out`` for what is not whole yet. Afterwards it is gone, and so is what was made for it and is empty."""
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    staging = None
+    made, staging = [], None
     try:
         try:
+            made = [folder for folder in (out, *out.parents) if not folder.exists()]
             out.mkdir(parents=True, exist_ok=True)
             staging = Path(tempfile.mkdtemp(prefix=".converting-", dir=out))
             yield staging
@@ -129,6 +133,13 @@ def _staging_folder(out: Path) -> Iterator[Path]:
         for folder in made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def _check_space(folder: Path, model: nnx.Module) -> None:
+    """Raises `OSError` where a model has no room: Orbax finds out too, but says it in a thousand lines."""
+    needed, disk = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model))), shutil.disk_usage(folder)
+    if disk.total and disk.free < needed:  # some file systems know neither
+        raise OSError(f"{needed / 1e6:,.1f} MB are needed, but {disk.free / 1e6:,.1f} MB are free")
 
 
 def _move_rooms(staging: Path, out: Path) -> None:
@@ -150,8 +161,7 @@ def _tokens_in(out: Path) -> TokensOf | None:
     if not folder.exists():
         return None
     metadata = read_metadata(folder, "tokenizer")
-    tokenizer = nnx.eval_shape(lambda: Tokenizer(**metadata["arguments"], rngs=nnx.Rngs(0)))
-    return _tokens_of(tokenizer, metadata, f"the tokenizer in {out}")
+    return _tokens_of(abstract_model(folder, metadata), metadata, f"the tokenizer in {out}")
 
 
 def _tokens_of(tokenizer: Tokenizer, metadata: Mapping[str, Any], where: str) -> TokensOf:
@@ -210,16 +220,17 @@ def files_of(names: Sequence[str], format_name: str | None, out: Path) -> tuple[
     """
     formats, paths = {format_name} - {None}, []
     for name in names:
-        if Path(name).expanduser().exists() or name not in KNOWN:
+        if name not in KNOWN or Path(name).expanduser().exists():
             paths.append(Path(name).expanduser())
             continue
         needed = KNOWN[name].needs
-        wanted = [needed, name] if needed and needed not in names and not (out / "tokenizer").exists() else [name]
+        is_there = os.path.exists(out / "tokenizer")  # unlike Path.exists, also where a name is too long for one
+        wanted = [needed, name] if needed and needed not in names and not is_there else [name]
         for known in wanted:
             formats.add(KNOWN[known].format)
             paths += fetch_known(known)
     for path in paths:
-        if not path.exists():
+        if not os.path.exists(path):
             raise UserError(f"there is no file or folder {path}, nor a public checkpoint of that name (see --list)")
     if len(formats) != 1:
         given = f"{', '.join(sorted(formats))} were given" if formats else "give one"

@@ -26,8 +26,13 @@ def close_names(name: str, choices: Iterable[str], count: int = 3) -> str:
     close = [c for c in sorted(choices, key=likeness, reverse=True) if likeness(c) > 0.6][:count]
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
-    listed = ", ".join(choices[:20]) + (f" and {len(choices) - 20} more" if len(choices) > 20 else "")
-    return f"there are: {listed}"
+    return f"there are: {listed(choices)}"
+
+
+def listed(names: Iterable[str], most: int = 20) -> str:
+    """Names in a row, no more than ``most`` of them, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def choose(what: str, name: str, table: Mapping[str, T]) -> T:
@@ -60,7 +65,8 @@ def exit_on_user_error(command: Callable[..., T]) -> Callable[..., T]:
         try:
             return command(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            line = " ".join(str(error).split())  # names in a file can have line breaks
+            print(f"error: {line}", file=sys.stderr)
             sys.exit(2)
 
     return wrapped

@@ -171,8 +171,12 @@ def test_what_is_another_network_or_does_not_fit_is_refused(copy_of, saved, tmp_
 
     copy_of(architectures=["BeitForImageClassification"])
     refused("config.json is of .'BeitForImageClassification'., but what is read is ViTForImageClassification")
-    copy_of(num_hidden_layers=3, intermediate_size=32)
-    refused("layer.2.output.dense.bias is missing.*intermediate.dense.weight give .24, 40. for our .* of .24, 32.")
+    copy_of(num_hidden_layers=2000)
+    refused("its settings say num_hidden_layers is 2000, but there are 2 vit.encoder.layer.")
+    copy_of(intermediate_size=32)
+    refused(
+        "layer.0.intermediate.dense.weight give .24, 40. for our .* of .24, 32.*layer.1.intermediate.dense.weight give"
+    )
     copy_of(id2label={"0": "cat", "2": "dog"})
     refused("not a name for each of 0, 1, 2")
     copy_of(hidden_act="mish")

@@ -156,7 +156,7 @@ def test_heads_that_nothing_tells_are_those_of_the_published_sizes(tensors, tmp_
     (converted,) = read_llamagen([tmp_path])
     assert converted.arguments["num_heads"] == 1
     narrow = {"tok_embeddings.weight": torch.ones(8, 12), "cls_embedding.embedding_table.weight": torch.ones(3, 12)}
-    wide = {name: torch.ones(len(t), 1).expand(-1, 3200) for name, t in narrow.items()}
+    wide = {name: torch.ones(len(t), 1).expand(-1, 3200) for name, t in narrow.items()}  # 3.7 MB, were it stored
     wide |= {f"layers.{i}.attention.wqkv.weight": torch.ones(1).expand(9600, 3200) for i in range(24)}
     wide["layers.0.feed_forward.w1.weight"] = torch.ones(1).expand(8704, 3200)
     torch.save(narrow, tmp_path / "c2i.pt")
@@ -192,6 +192,21 @@ def test_what_cannot_be_read_is_one_error(tensors, tmp_path):
     assert "tok_embeddings.weight has shape (64,), but needs 2 dimensions" in error(flat)
     scalar = {name: torch.tensor(1.0) if name == "output.weight" else t for name, t in tensors.items()}
     assert "output.weight () cannot become our head of (76, 64)" in error(scalar)
+    assert "block_size is -1, but it must be a whole number from 1 to" in error(tensors, block_size=-1)
+    assert "257x257 tokens are more than can be read" in error(tensors, block_size=257**2)
+    assert "rope_base is inf, but it must be a finite number" in error(tensors, rope_base=float("inf"))
+    assert "norm_eps is nan, but it must be a finite number" in error(tensors, norm_eps=float("nan"))
+    assert "num_classes is 0, but it must be" in error(tensors, num_classes=0)
+    alone = tensors | {"cls_embedding.embedding_table.weight": torch.ones(1, 64)}
+    assert "has 1 embedding of classes, which is that of no class" in error(alone, num_classes=None)
+    empty = tensors | {"tok_embeddings.weight": torch.ones(64, 0)}
+    assert "tok_embeddings.weight has shape (64, 0), but needs 2 dimensions, none of them 0" in error(empty)
+    repeated = tensors | {"output.weight": torch.ones(1).expand(10**12, 64)}
+    assert error(repeated).endswith(
+        "does not fit: output.weight (1000000000000, 64) has more values than are stored of it"
+    )
+    numbers = tensors | {f"layers.{i}.x": torch.ones(1) for i in (999999999, "9" * 5000)}
+    assert "layers.999999999.x has no place in ours; layers.9999" in error(numbers)
     assert "n_head is 5, which does not divide the width 64" in error(tensors, n_head=5)
     misshapen = {name: t for name, t in tensors.items() if name != "norm.weight"}
     misshapen |= {"extra": torch.ones(1), "layers.1.attention.wo.weight": torch.ones(64)}
@@ -214,7 +229,13 @@ def test_files_that_are_not_there_or_twice(tmp_path):
 
 def test_a_tokenizer_that_lacks_what_its_sizes_are_read_from(tmp_path):
     there = torch.load(TOKENIZER, weights_only=True)["model"]
-    del there["encoder.conv_in.weight"]
+    first = there.pop("encoder.conv_in.weight")
     torch.save(there, tmp_path / "vq.pt")
     with pytest.raises(UserError, match="encoder.conv_in.weight is missing"):
+        list(read_llamagen([tmp_path / "vq.pt"]))
+    torch.save(there | {"encoder.conv_in.weight": first[:0]}, tmp_path / "vq.pt")
+    with pytest.raises(UserError, match="encoder.conv_in.weight has shape .0, 3, 3, 3., but needs 4 dimensions, none"):
+        list(read_llamagen([tmp_path / "vq.pt"]))
+    (tmp_path / "config.json").write_text('{"vq": {"codebook_l2_norm": false}}')
+    with pytest.raises(UserError, match="codebook_l2_norm is False, but only tokenizers that normalise can be read"):
         list(read_llamagen([tmp_path / "vq.pt"]))

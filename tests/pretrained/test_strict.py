@@ -7,6 +7,7 @@ import torch
 from flax import nnx
 
 from vgpt_jax import UserError
+from vgpt_jax.pretrained.stored_tensor import StoredTensor
 from vgpt_jax.pretrained.strict import conv_kernel, linear_kernel, load_strictly, unchanged
 
 
@@ -78,18 +79,12 @@ def test_each_tensor_is_taken_out_when_it_is_used_for_the_last_time(tensors):
     """What is left when a tensor is read is what is still to come: a checkpoint need not be in memory beside the module."""
     left = []
 
-    class Stored:
-        nbytes = 4
-
-        def __init__(self, name):
-            self.name = name
-
-        def __array__(self, dtype=None, copy=None):
-            left.append((self.name, sorted(stored)))
-            return tensors[self.name]
+    def read(name):
+        left.append((name, sorted(stored)))
+        return tensors[name]
 
     table = TABLE | {"linears.0.bias": (lambda a, b: a + b, ("l.bias", "l.bias")), "conv.bias": TABLE["conv.bias"]}
-    stored = {name: Stored(name) for name in tensors}
+    stored = {name: StoredTensor(t.shape, t.dtype, lambda name=name: read(name)) for name, t in tensors.items()}
     network = load_strictly(create, stored, table, "file.pt")
     assert left == [
         ("c.weight", ["c.bias", "c.more", "c.weight", "l.bias", "l.weight"]),
@@ -119,3 +114,39 @@ def test_a_tensor_of_other_dimensions_is_one_of_the_problems(tensors):
         "c.weight (4, 3) cannot become our conv.kernel of (2, 2, 3, 4)",
         "l.bias give (2, 2) for our linears.0.bias of (5,)",
     ]
+
+
+def never():
+    raise AssertionError("it was read")
+
+
+def test_nothing_is_read_of_what_does_not_fit(tensors):
+    stored = {name: StoredTensor(t.shape, t.dtype, never) for name, t in tensors.items()}
+    stored["l.weight"] = StoredTensor((10**6, 4), np.dtype("f4"), never)
+    with pytest.raises(UserError, match=r"fit: l.weight give \(4, 1000000\) for our linears.0.kernel of \(4, 5\)$"):
+        load_strictly(create, stored, TABLE, "file.pt")
+
+
+def test_more_values_than_are_stored_are_refused_whatever_their_shape(tensors):
+    """As of a tensor with a stride of 0, which would take any amount of memory."""
+    enormous = StoredTensor((10**12, 10**6), np.dtype("f4"), never, repeats=True)
+    tensors |= {"c.more": enormous, "unused": enormous, "l.weight": np.ones((5, 4), np.complex64)}
+    with pytest.raises(UserError) as found:
+        load_strictly(create, tensors, TABLE, "file.pt", ignored=["unused"])
+    assert str(found.value).partition(" does not fit: ")[2].split("; ") == [
+        "c.more (1000000000000, 1000000) has more values than are stored of it",
+        "l.weight holds complex64, but real numbers are needed",
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e300])
+def test_a_value_that_is_not_finite_is_refused(tensors, dtype, value):
+    if value == 1e300 and dtype != "float64":
+        value = float("nan")
+    tensors["c.weight"] = tensors["c.weight"].astype(jnp.dtype(dtype))
+    tensors["c.weight"][1, 2, 1, 0] = value
+    with pytest.raises(
+        UserError, match="^file.pt does not fit: c.weight has values that are NaN or infinite in float32$"
+    ):
+        load_strictly(create, tensors, TABLE, "file.pt")

@@ -165,6 +165,19 @@ def test_settings_are_found_where_taming_leaves_them(copied, tmp_path):
         ("params.first_stage_config.params.ddconfig.double_z", True, "double_z is True, but only False can be read"),
         ("params.first_stage_config.params.ddconfig.ch_mult", None, "does not say params.ddconfig.ch_mult"),
         ("params.first_stage_config.params.remap", "ids.txt", "remap"),
+        ("params", None, "does not say params"),
+        ("params.first_stage_config.params", None, "does not say params"),
+        ("params.first_stage_config.params", [1], r"says params is \[1\], but it must be a section"),
+        ("params.transformer_config.params", 3, "params.transformer_config.params is 3, but it must be a section"),
+        ("params.transformer_config", [["x"] * 9] * 9, r"a transformer_config \[\['x', 'x'.*\.\.\.\], but only"),
+        ("params.cond_stage_config.params.n_classes", 0, "n_classes is 0, but it must be a whole number from 1 to"),
+        ("params.transformer_config.params.n_layer", 10**9, "n_layer is 1000000000, but there are 2 blocks."),
+        (
+            "params.first_stage_config.params.ddconfig.num_res_blocks",
+            10**9,
+            "num_res_blocks is 1000000000, but there are",
+        ),
+        ("params.first_stage_config.params.n_embed", 10**9, r"our quantizer.codebook of \(1000000000, 16\)"),
     ],
 )
 def test_what_cannot_be_read_is_one_error(copied, field, value, message):

@@ -140,7 +140,14 @@ def test_the_grid_follows_the_image_size(copy):
         ("tokenizer", {"ae_conf__ch": 16}, r"encoder.conv_in.weight give \(3, 3, 3, 32\) for our"),
         ("gpt", {"num_attn_heads": 5}, "d_model is 48, which num_heads 5 does not divide"),
         ("gpt", {"condition_vocab": 7}, r"wte.weight give \(55, 48\) for our token_embedding of \(57, 48\)"),
-        ("gpt", {"num_transformer_layers": 2}, "transformer.h.1.attn.c_attn.bias is missing; "),
+        ("gpt", {"num_transformer_layers": 5000}, "num_transformer_layers is 5000, but there are 1 transformer.h."),
+        ("gpt", {"condition_vocab": 0}, "condition_vocab is 0, but it must be a whole number from 1 to"),
+        ("tokenizer", {"ae_conf__num_res_blocks": 10**9}, "num_res_blocks is 1000000000, but there are"),
+        ("tokenizer", {"ae_conf__num_res_blocks": 2**63}, "num_res_blocks is 9223372036854775808, but it must be"),
+        ("tokenizer", {"vq_conf__num_codewords": 10**9}, r"our quantizer.codebook of \(1000000000, 8\)"),
+        ("tokenizer", {"vq_conf__num_codewords": -1}, "num_codewords is -1, but it must be"),
+        ("tokenizer", {"vq_conf__replace_freq": 2**63}, "replace_freq is 9223372036854775808, but it must be"),
+        ("tokenizer", {"vq_conf__pretrain_steps": 2**31}, "pretrain_steps is 2147483648, but it must be"),
     ],
 )
 def test_what_cannot_be_read_is_one_error(copy, part, changes, message):
@@ -160,6 +167,10 @@ def test_files_that_are_not_there_or_something_else(copy, tmp_path):
     assert "has no folder tokenizer, so it is no model of visual-gpt" in error(copy / "gpt")
     (copy / "id2label.json").write_text('{"0": "a"}')
     assert "should name classes 0 to 4, but names 0" in error(copy)
+    (copy / "id2label.json").write_text(json.dumps({str(i): "x" for i in range(20000)}))
+    assert error(copy).endswith("10012, 10013 and 19980 more")
+    (copy / "id2label.json").write_text(json.dumps({str(i): [str(i)] for i in range(5)}))
+    assert "id2label.json says 0 is ['0'], but it must be a text" in error(copy)
     right = (copy / "gpt" / "model.bin").read_bytes()
     shutil.copy(copy / "tokenizer" / "model.bin", copy / "gpt" / "model.bin")
     assert "holds no transformer.wte.weight, so it is no generator of visual-gpt" in error(copy)

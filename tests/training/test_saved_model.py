@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -58,6 +59,11 @@ def test_a_missing_model_and_another_kind_are_refused(saved, tmp_path):
         read_metadata(saved[0], "tokenizer")
 
 
+def changed(directory, **fields):
+    metadata = json.loads((directory / "metadata.json").read_text())
+    (directory / "metadata.json").write_text(json.dumps(metadata | fields))
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -69,6 +75,15 @@ def test_a_missing_model_and_another_kind_are_refused(saved, tmp_path):
             "weights",
         ),
         (lambda d: (d / "metadata.json").write_text(json.dumps({"kind": "gpt", "format_version": 99})), "format 99"),
+        (lambda d: (d / "metadata.json").write_text("[]"), "holds a list, not an object"),
+        (lambda d: (d / "metadata.json").write_text("[" * 10**5), "cannot be read"),
+        (lambda d: (d / "metadata.json").write_bytes(b"\xff{}"), "cannot be read"),
+        (lambda d: (d / "metadata.json").write_text('{"kind": "gpt"}'), "damaged: format_version is None"),
+        (lambda d: (d / "metadata.json").write_text('{"kind": "gpt", "format_version": "1"}'), "format_version is '1'"),
+        (lambda d: (d / "metadata.json").write_text('{"kind": "gpt", "format_version": 1}'), "arguments is None"),
+        (lambda d: changed(d, fingerprint=3), "damaged: fingerprint is 3"),
+        (lambda d: changed(d, arguments={"num_codes": 8}), "damaged: its arguments make no gpt .*num_classes"),
+        (lambda d: changed(d, arguments=ARGUMENTS | {"d_model": "wide"}), "damaged: its arguments make no gpt"),
         (lambda d: [p.unlink() for p in (d / "weights").rglob("*") if p.is_file()], "weights"),
     ],
 )
@@ -76,3 +91,18 @@ def test_damage_is_one_clear_error(saved, damage, named):
     damage(saved[0])
     with pytest.raises(UserError, match=named):
         load_model(saved[0], "gpt")
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [("RESOURCE_EXHAUSTED: ... [os_error_code='28']", "No space left on device"), ("ABORTED: no reason", "no reason")],
+)
+def test_what_the_system_refuses_is_an_os_error(monkeypatch, saved, reason, said):
+    def refuse(*args, **kwargs):
+        raise ValueError(reason)
+
+    before = (saved[0] / "metadata.json").read_text()
+    monkeypatch.setattr(ocp.Checkpointer, "save", refuse)
+    with pytest.raises(OSError, match=said):
+        save_model(saved[0], "gpt", saved[1], ARGUMENTS)
+    assert (saved[0] / "metadata.json").read_text() == before

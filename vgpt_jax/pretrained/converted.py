@@ -1,6 +1,8 @@
 """What a reader of a foreign format gives, and what readers share: opening weights, reading settings, naming classes."""
 
 import json
+import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +12,14 @@ from flax import nnx
 
 from vgpt_jax.errors import UserError
 from vgpt_jax.pretrained.safetensors_file import open_safetensors
-from vgpt_jax.pretrained.torch_file import StoredTensor, open_torch_file
+from vgpt_jax.pretrained.stored_tensor import StoredTensor
+from vgpt_jax.pretrained.torch_file import open_torch_file
 
 WRAPPERS = ("module.", "_orig_mod.")  # what data-parallel training and torch.compile put before each name
 REQUIRED = object()
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a section"}
+LARGEST = 2**31 - 1  # whole number of settings, as our counters are int32
+LARGEST_FLOAT = 3e38  # and other number, as our computations are float32
+WORDS = {float: "a finite number", bool: "true or false", str: "a text", dict: "a section"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,19 @@ def below(tensors: Mapping[str, StoredTensor], prefix: str) -> dict[str, StoredT
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def check_count(field: str, count: int, prefix: str, tensors: Mapping[str, StoredTensor], source: str) -> None:
+    """Raises `UserError` unless as many numbers follow ``prefix`` in the tensors' names as ``field`` of the settings says."""
+    there = count_numbers(prefix, tensors)
+    if count != there:
+        raise UserError(f"{source} does not fit: its settings say {field} is {count}, but there are {there} {prefix}*")
+
+
+def count_numbers(prefix: str, tensors: Mapping[str, StoredTensor]) -> int:
+    """How many numbers follow ``prefix`` in the tensors' names."""
+    pattern = re.compile(re.escape(prefix) + r"([0-9]+)\.")
+    return len({found[1] for name in tensors if (found := pattern.match(name))})
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """An object in a JSON file.
 
@@ -88,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except (ValueError, OSError) as error:  # a file that is no text raises a ValueError
+    except (ValueError, OSError, RecursionError) as error:  # a file that is no text raises a ValueError
         raise UserError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}, but an object of settings is needed")
@@ -101,7 +119,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read as YAML ({reason})") from error
     if not isinstance(found, dict):
@@ -109,7 +127,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return found
 
 
-def setting(config: Mapping[str, Any], field: str, kind: type, file: Path, default: Any = REQUIRED) -> Any:
+def shown(value: Any) -> str:
+    """A value of a file's settings for a message, which it shall not fill."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 100, 100
+    try:
+        return short.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__} that is too long to show"
+
+
+def setting(
+    config: Mapping[str, Any], field: str, kind: type, file: Path, default: Any = REQUIRED, *, least: int = 0
+) -> Any:
     """A value of nested settings.
 
     Args:
@@ -118,9 +148,10 @@ def setting(config: Mapping[str, Any], field: str, kind: type, file: Path, defau
       kind: int, float, bool, str, list (of ints) or dict.
       file: that they are from, for messages.
       default: where there is none, or null. Left out: there must be one.
+      least: whole numbers are from here to ``LARGEST``.
 
     Raises:
-      UserError: it is missing, or of another kind.
+      UserError: it is missing, of another kind, or out of range.
     """
     value: Any = config
     for part in field.split("."):
@@ -129,11 +160,16 @@ def setting(config: Mapping[str, Any], field: str, kind: type, file: Path, defau
         if default is REQUIRED:
             raise UserError(f"{file} does not say {field}")
         return default
-    accepted = (int, float) if kind is float else (list, tuple) if kind is list else kind
-    fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-    if not fits or (kind is list and not all(type(item) is int for item in value)):
-        wanted = WORDS.get(kind, "a list of whole numbers")
-        raise UserError(f"{file} says {field} is {value!r}, but it must be {wanted}")
+    if kind is float:
+        fits = type(value) in (int, float) and -LARGEST_FLOAT <= value <= LARGEST_FLOAT
+    elif kind in (int, list):
+        items = value if kind is list and isinstance(value, (list, tuple)) else [value]
+        fits = (items is value) == (kind is list) and all(type(n) is int and least <= n <= LARGEST for n in items)
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        whole = ("a list of whole numbers" if kind is list else "a whole number") + f" from {least} to {LARGEST}"
+        raise UserError(f"{file} says {field} is {shown(value)}, but it must be {WORDS.get(kind, whole)}")
     return list(value) if kind is list else value
 
 

@@ -12,7 +12,16 @@ from flax import nnx
 
 from vgpt_jax.errors import UserError
 from vgpt_jax.models.vit import ViT
-from vgpt_jax.pretrained.converted import REQUIRED, Converted, open_state_dict, read_json, setting, source_of
+from vgpt_jax.pretrained.converted import (
+    REQUIRED,
+    Converted,
+    check_count,
+    open_state_dict,
+    read_json,
+    setting,
+    shown,
+    source_of,
+)
 from vgpt_jax.pretrained.strict import Table, conv_kernel, linear_kernel, load_strictly, unchanged
 
 ARCHITECTURE = "ViTForImageClassification"
@@ -57,7 +66,7 @@ def read_hf_vit(paths: Sequence[Path], *, image_size: int | None = None) -> Iter
     config = read_json(config_file)
     if config.get("architectures") != [ARCHITECTURE]:
         found = config.get("architectures") or config.get("model_type")
-        raise UserError(f"{config_file} is of {found}, but what is read is {ARCHITECTURE}")
+        raise UserError(f"{config_file} is of {shown(found)}, but what is read is {ARCHITECTURE}")
     class_names = _class_names(config, config_file)
     arguments = _arguments(config, config_file, len(class_names))
     if image_size not in (None, arguments["image_size"]):
@@ -67,6 +76,7 @@ def read_hf_vit(paths: Sequence[Path], *, image_size: int | None = None) -> Iter
     preprocessing = _preprocessing(folder / "preprocessor_config.json", arguments["image_size"])
     file = _weights_file(paths, folder)
     tensors = {_name_in_files(name): tensor for name, tensor in open_state_dict(file).items()}
+    check_count("num_hidden_layers", arguments["num_layers"], "vit.encoder.layer.", tensors, str(file))
     ignored = [name for name in tensors if name.startswith("vit.pooler.")]
 
     def create() -> ViT:
@@ -130,7 +140,7 @@ def _arguments(config: dict[str, Any], file: Path, num_classes: int) -> dict[str
         value = config.get(field, default)
         sides = value if isinstance(value, list) and len(value) == 2 else [value, value]
         if sides[0] != sides[1] or not isinstance(sides[0], int):
-            raise UserError(f"{file} says {field} is {value!r}, but only squares can be read")
+            raise UserError(f"{file} says {field} is {shown(value)}, but only squares can be read")
         return sides[0]
 
     return {
@@ -157,7 +167,9 @@ def _preprocessing(file: Path, image_size: int) -> dict[str, Any]:
     def colours(field: str) -> np.ndarray:
         values = np.array(config.get(field) or [0.5] * 3, object)
         if values.shape != (3,) or not all(type(value) in (int, float) for value in values):
-            raise UserError(f"{file} says {field} is {config[field]!r}, but must be a number for each of 3 colours")
+            raise UserError(
+                f"{file} says {field} is {shown(config[field])}, but must be a number for each of 3 colours"
+            )
         return values.astype(np.float64)
 
     size, resize_size = _sizes(config, file, image_size)
@@ -189,7 +201,7 @@ def _sizes(config: dict[str, Any], file: Path, image_size: int) -> tuple[int, in
             return setting(config, field, int, file, default)
         sides = {setting(config, f"{field}.{name}", int, file) for name in value}
         if len(sides) != 1 or not value.keys() <= {"height", "width", "shortest_edge"}:
-            raise UserError(f"{file} says {field} is {value!r}, but only squares and a shortest_edge can be read")
+            raise UserError(f"{file} says {field} is {shown(value)}, but only squares and a shortest_edge can be read")
         return sides.pop()
 
     resized = side("size", image_size)

@@ -19,21 +19,23 @@ from vgpt_jax.errors import UserError
 from vgpt_jax.models.gpt import BLOCKS, GPT, SIZES
 from vgpt_jax.pretrained.converted import (
     Converted,
+    count_numbers,
     numbered_class_names,
     open_state_dict,
     read_json,
     setting,
     source_of,
 )
+from vgpt_jax.pretrained.stored_tensor import StoredTensor
 from vgpt_jax.pretrained.strict import Table, joined_kernel, linear_kernel, load_strictly, unchanged
 from vgpt_jax.pretrained.taming import PARTS, load_vqgan
-from vgpt_jax.pretrained.torch_file import StoredTensor
 
 SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 VALUE_RANGE = [-1.0, 1.0]
 OUR_PARTS = PARTS | {"blocks": "res", "block1": "0", "attention": "1", "block2": "2"}
 NAMED_SIZES = (256, 384, 512)
 DEFAULT_IMAGE_SIZE, DEFAULT_DOWNSAMPLING = 256, 16
+MAX_TOKENS = 2**16  # of a picture: 4096 pixels a side, where a token is 16. The published ones have 1024 at most.
 DROPOUT = {"embedding_dropout": 0.1, "residual_dropout": 0.1, "attention_dropout": 0.0}  # as it was trained
 
 
@@ -56,7 +58,7 @@ def read_llamagen(paths: Sequence[Path], *, image_size: int | None = None) -> It
         found[kind] = file, tensors
     downsampling, side = DEFAULT_DOWNSAMPLING, None
     if "tokenizer" in found:
-        downsampling = 2 ** (_count(found["tokenizer"][1], r"encoder\.conv_blocks\.(\d+)\.") - 1)
+        downsampling = 2 ** (count_numbers("encoder.conv_blocks.", found["tokenizer"][1]) - 1)
     if "gpt" in found:
         side = _grid_side(found["gpt"][0], image_size, downsampling)
     if "tokenizer" in found:
@@ -96,24 +98,32 @@ def _kind(file: Path, tensors: Mapping[str, StoredTensor]) -> str:
     raise UserError(f"{file} holds neither a tokenizer nor a generator of LlamaGen; its first tensors are {names}")
 
 
-def _count(tensors: Mapping[str, StoredTensor], pattern: str) -> int:
-    """How many numbers, from 0, a part of the tensors' names takes."""
-    return max((int(found[1]) for name in tensors if (found := re.match(pattern, name))), default=-1) + 1
-
-
 def _shape(file: Path, tensors: Mapping[str, StoredTensor], name: str, dimensions: int) -> tuple[int, ...]:
     """The shape of a tensor that sizes are read from.
 
     Raises:
-      UserError: it is not there, or has another number of dimensions.
+      UserError: it is not there, is empty, or has another number of dimensions.
     """
     if name not in tensors:
         raise UserError(f"{file} does not fit: {name} is missing")
-    if len(tensors[name].shape) != dimensions:
+    shape = tensors[name].shape
+    if len(shape) != dimensions or 0 in shape:
         raise UserError(
-            f"{file} does not fit: {name} has shape {tensors[name].shape}, but needs {dimensions} dimensions"
+            f"{file} does not fit: {name} has shape {shape}, but needs {dimensions} dimensions, none of them 0"
         )
-    return tensors[name].shape
+    return shape
+
+
+def _config(file: Path) -> tuple[dict[str, Any], Path]:
+    """Settings beside a file, empty where there are none."""
+    path = file.with_name("config.json")
+    return read_json(path) if path.is_file() else {}, path
+
+
+def _generator_config(file: Path) -> tuple[dict[str, Any], Path]:
+    """The same, but the section of the generator where there is one."""
+    config, path = _config(file)
+    return setting(config, "gpt", dict, path, config), path
 
 
 # The tokenizer
@@ -124,8 +134,14 @@ def _level(network: str, level: int, num_levels: int) -> str:
 
 
 def _read_tokenizer(file: Path, tensors: dict[str, StoredTensor], image_size: int) -> Converted:
+    config, config_file = _config(file)
+    for section in (config, *config.values()):
+        if isinstance(section, dict) and not setting(section, "codebook_l2_norm", bool, config_file, True):
+            raise UserError(
+                f"{config_file} says codebook_l2_norm is False, but only tokenizers that normalise can be read"
+            )
     shape = functools.partial(_shape, file, tensors)
-    ch, levels = shape("encoder.conv_in.weight", 4)[0], range(_count(tensors, r"encoder\.conv_blocks\.(\d+)\."))
+    ch, levels = shape("encoder.conv_in.weight", 4)[0], range(count_numbers("encoder.conv_blocks.", tensors))
     widths = [shape(f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in levels]
     if any(width % ch for width in widths):
         raise UserError(f"{file} has levels of {widths} channels, which are no multiples of its first {ch}")
@@ -137,7 +153,7 @@ def _read_tokenizer(file: Path, tensors: dict[str, StoredTensor], image_size: in
             "z_channels": shape("encoder.conv_out.weight", 4)[0],
             "ch": ch,
             "ch_mult": [width // ch for width in widths],
-            "num_res_blocks": _count(tensors, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+            "num_res_blocks": count_numbers("encoder.conv_blocks.0.res.", tensors),
             "attn_resolutions": [image_size // 2**i for i in attended],
         },
         "quantizer_args": {
@@ -161,16 +177,21 @@ def _read_tokenizer(file: Path, tensors: dict[str, StoredTensor], image_size: in
 # The generator
 
 
-def _config(file: Path) -> tuple[dict[str, Any], Path]:
-    """Settings beside a file, those of the generator where there are several; empty where there are none."""
-    path = file.with_name("config.json")
-    config = read_json(path) if path.is_file() else {}
-    return setting(config, "gpt", dict, path, config), path
-
-
 def _grid_side(file: Path, image_size: int | None, downsampling: int) -> int:
-    config, config_file = _config(file)
-    tokens = setting(config, "block_size", int, config_file, None)
+    """How many tokens a generator's pictures have a side.
+
+    Raises:
+      UserError: their number is no square, or so large that the table of rotations would not be in memory.
+    """
+    side = _stated_side(file, image_size, downsampling)
+    if side**2 > MAX_TOKENS:
+        raise UserError(f"{file}: pictures of {side}x{side} tokens are more than can be read, {MAX_TOKENS} tokens")
+    return side
+
+
+def _stated_side(file: Path, image_size: int | None, downsampling: int) -> int:
+    config, config_file = _generator_config(file)
+    tokens = setting(config, "block_size", int, config_file, None, least=1)
     if tokens is not None:
         if math.isqrt(tokens) ** 2 != tokens:
             raise UserError(f"{config_file} says block_size is {tokens}, which is no square grid")
@@ -182,29 +203,33 @@ def _grid_side(file: Path, image_size: int | None, downsampling: int) -> int:
 
 
 def _read_gpt(file: Path, tensors: dict[str, StoredTensor], side: int) -> Converted:
-    config, config_file = _config(file)
+    config, config_file = _generator_config(file)
     shape = functools.partial(_shape, file, tensors)
     num_codes, width = shape("tok_embeddings.weight", 2)
     embeddings, _ = shape("cls_embedding.embedding_table.weight", 2)
-    num_layers = _count(tensors, r"layers\.(\d+)\.")
-    num_classes = setting(config, "num_classes", int, config_file, embeddings - 1)
+    num_layers = count_numbers("layers.", tensors)
+    num_classes = setting(config, "num_classes", int, config_file, embeddings - 1, least=1)
+    if num_classes < 1:
+        raise UserError(
+            f"{file} has {embeddings} embedding of classes, which is that of no class: there is none to draw"
+        )
     if num_classes not in (embeddings, embeddings - 1):
         raise UserError(
             f"{config_file} says num_classes is {num_classes}, but {file} has {embeddings} embeddings of classes"
         )
     published = {(size["num_layers"], size["d_model"]): size["num_heads"] for size in SIZES.values()}
     known = published.get((num_layers, width), width // 64 if width % 64 == 0 else None)
-    num_heads = setting(config, "n_head", int, config_file, known)
+    num_heads = setting(config, "n_head", int, config_file, known, least=1)
     if num_heads is None:
         raise UserError(
             f"{file} does not tell how many heads its width of {width} is divided into: put a config.json beside it with "
             '{"gpt": {"n_head": ...}}'
         )
-    if num_heads < 1 or width % num_heads:
+    if width % num_heads:
         raise UserError(f"{config_file} says n_head is {num_heads}, which does not divide the width {width}")
     rows, _ = shape("layers.0.attention.wqkv.weight", 2)
     num_kv_heads = max((rows // (width // num_heads) - num_heads) // 2, 1)
-    num_kv_heads = setting(config, "n_kv_head", int, config_file, num_kv_heads)
+    num_kv_heads = setting(config, "n_kv_head", int, config_file, num_kv_heads, least=1)
     arguments = {
         "num_codes": num_codes,
         "num_classes": num_classes,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from vgpt_jax.errors import UserError
+from vgpt_jax.errors import UserError, listed
 from vgpt_jax.models.tokenizer import Tokenizer
 from vgpt_jax.pretrained.converted import Converted, source_of
 from vgpt_jax.pretrained.strict import Table, load_strictly, unchanged
@@ -80,7 +80,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged, or no checkpoint in Flax's msgpack ({reason})") from error
     params = stored.get("params") if isinstance(stored, dict) else None
     if not isinstance(params, dict) or not params.keys() >= PARTS:
-        found = ", ".join(map(str, params if isinstance(params, dict) else stored if isinstance(stored, dict) else ()))
+        found = listed(map(str, params if isinstance(params, dict) else stored if isinstance(stored, dict) else ()))
         raise UserError(
             f"{path} holds no tokenizer of MaskGIT, which has params of {', '.join(sorted(PARTS))}"
             + (f", but {found}" if found else "")

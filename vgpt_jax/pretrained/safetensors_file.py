@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from vgpt_jax.errors import UserError
-from vgpt_jax.pretrained.torch_file import StoredTensor
+from vgpt_jax.pretrained.stored_tensor import StoredTensor
 
 DTYPES = {  # the format's name
     "BF16": np.dtype(ml_dtypes.bfloat16),

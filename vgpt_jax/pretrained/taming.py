@@ -18,14 +18,16 @@ from vgpt_jax.models.tokenizer import Tokenizer
 from vgpt_jax.pretrained.converted import (
     Converted,
     below,
+    check_count,
     numbered_class_names,
     open_state_dict,
     read_yaml,
     setting,
+    shown,
     source_of,
 )
+from vgpt_jax.pretrained.stored_tensor import StoredTensor
 from vgpt_jax.pretrained.strict import Table, conv_kernel, joined_kernel, linear_kernel, load_strictly, unchanged
-from vgpt_jax.pretrained.torch_file import StoredTensor
 
 VQGAN, NET2NET = "taming.models.vqgan.VQModel", "taming.models.cond_transformer.Net2NetTransformer"
 MINGPT, LABELS = "taming.modules.transformer.mingpt.GPT", "taming.modules.util.Labelator"
@@ -179,8 +181,11 @@ def load_vqgan(
       quantizer: the table of the quantizer's variables. None: of one with a codebook and no options.
     """
 
+    architecture = arguments["architecture_args"]
+    num_levels = len(architecture["ch_mult"])
+    blocks = f"encoder.{level_name('encoder', 0, num_levels)}.{parts['blocks']}."
+    check_count("num_res_blocks", architecture["num_res_blocks"], blocks, tensors, source)
     abstract = nnx.eval_shape(lambda: Tokenizer(**arguments, rngs=nnx.Rngs(0)))
-    num_levels = len(arguments["architecture_args"]["ch_mult"])
     table = {}
     for path, variable in nnx.to_flat_state(nnx.state(abstract)):
         if path[0] == "quantizer":
@@ -201,7 +206,7 @@ def load_vqgan(
 def finished_quantizer(options: Mapping[str, Any]) -> Table:
     """The variables of a `VectorQuantize` that is trained: its warm start is over, its codes are initialised and in use."""
     done = max(options.get("pretrain_steps", 0), 1)
-    countdown = np.full((options["num_codewords"],), options.get("replace_freq", 0), np.int32)
+    countdown = np.broadcast_to(np.int32(options.get("replace_freq", 0)), options["num_codewords"])
     return {
         "quantizer.steps": (lambda: np.array(done, np.int32), ()),
         "quantizer.countdown": (lambda: countdown, ()),
@@ -212,7 +217,7 @@ def _tokenizer_arguments(config: Mapping[str, Any], file: Path, image_size: int 
     target = setting(config, "target", str, file)
     if target != VQGAN:
         raise UserError(f"{file} has a first stage {target}, but only {VQGAN} can be read")
-    if config["params"].get("remap") is not None:
+    if setting(config, "params", dict, file).get("remap") is not None:
         raise UserError(f"{file} says params.remap, a change of the token ids that cannot be read")
     size, architecture = vqgan_arguments(config, "params.ddconfig", file, image_size)
     return {
@@ -250,10 +255,11 @@ def _check_transformer(config: Mapping[str, Any], file: Path) -> None:
         section = params.get(field)
         target = section.get("target") if isinstance(section, dict) else section
         if target != needed and not (section is None and field == "permuter_config"):
+            target = target if isinstance(target, str) else shown(target)
             raise UserError(f"{file} has a {field} {target}, but only {needed} can be read")
     if params.get("unconditional"):
         raise UserError(f"{file} says unconditional, but only class-conditional transformers can be read")
-    if params["transformer_config"]["params"].get("n_unmasked"):
+    if setting(config, "params.transformer_config.params", dict, file).get("n_unmasked"):
         raise UserError(f"{file} says n_unmasked, but only causal transformers can be read")
 
 
@@ -266,7 +272,7 @@ def _read_transformer(
     path: Path,
     metadata: dict[str, Any],
 ) -> Converted:
-    num_classes = setting(config, "params.cond_stage_config.params.n_classes", int, file)
+    num_classes = setting(config, "params.cond_stage_config.params.n_classes", int, file, least=1)
 
     def get(field: str, kind: type, *default) -> Any:
         return setting(config, f"params.transformer_config.params.{field}", kind, file, *default)
@@ -298,6 +304,7 @@ def _read_transformer(
     def create() -> GPT:
         return GPT(**arguments, rngs=nnx.Rngs(0))
 
+    check_count("n_layer", arguments["num_layers"], "blocks.", tensors, f"{path} (transformer.*)")
     masks = [name for name in tensors if name.endswith(".attn.mask")]
     table = _transformer_table(arguments, vocabulary)
     gpt = load_strictly(create, tensors, table, f"{path} (transformer.*)", masks)

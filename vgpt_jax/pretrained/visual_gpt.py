@@ -11,20 +11,21 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from vgpt_jax.errors import UserError
+from vgpt_jax.errors import UserError, listed
 from vgpt_jax.models.gpt import GPT
 from vgpt_jax.models.tokenizer import Tokenizer
 from vgpt_jax.pretrained.converted import (
     Converted,
+    check_count,
     numbered_class_names,
     open_state_dict,
     read_json,
     setting,
     source_of,
 )
+from vgpt_jax.pretrained.stored_tensor import StoredTensor
 from vgpt_jax.pretrained.strict import Table, load_strictly, unchanged
 from vgpt_jax.pretrained.taming import PARTS, finished_quantizer, load_vqgan, taming_level, vqgan_arguments
-from vgpt_jax.pretrained.torch_file import StoredTensor
 
 WEIGHTS = ("model.bin", "model.pth", "model.safetensors")
 VALUE_RANGE = [0.0, 1.0]
@@ -108,7 +109,7 @@ def _quantizer_options(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     section = setting(config, "vq_conf", dict, file)
     unknown = sorted(set(section) - set(OPTIONS) - set(OTHER_OPTIONS))
     if unknown:
-        raise UserError(f"{file} has options of the quantizer that are not known: {', '.join(unknown)}")
+        raise UserError(f"{file} has options of the quantizer that are not known: {listed(unknown)}")
     options = {name: setting(config, f"vq_conf.{name}", int, file) for name in ("num_codewords", "embedding_dim")}
     for name, default in OPTIONS.items():
         kind = int if name == "proj_dim" else float if name == "penalty_weight" else type(default)
@@ -133,14 +134,14 @@ def _read_gpt(folder: Path, labels_file: Path, num_codes: int, grid: Sequence[in
     config, tensors, embedding = read_json(file), open_state_dict(weights), "transformer.wte.weight"
     if embedding not in tensors:
         raise UserError(f"{weights} holds no {embedding}, so it is no generator of visual-gpt")
-    num_classes, num_tokens = setting(config, "condition_vocab", int, file), grid[0] * grid[1]
+    num_classes, num_tokens = setting(config, "condition_vocab", int, file, least=1), grid[0] * grid[1]
     num_positions = setting(config, "max_pos_len", int, file)
     if num_positions < num_tokens:
         raise UserError(
             f"{file} says max_pos_len is {num_positions}, but a picture has {num_tokens} tokens: give a smaller --image_size"
         )
     head = "lm_head.weight"
-    tied = head not in tensors or np.array_equal(np.asarray(tensors[embedding]), np.asarray(tensors[head]))
+    tied = head not in tensors or _are_equal(tensors[embedding], tensors[head])
     inner = tensors.get("transformer.h.0.mlp.c_fc.weight")
     arguments = {
         "num_codes": num_codes,
@@ -158,6 +159,7 @@ def _read_gpt(folder: Path, labels_file: Path, num_codes: int, grid: Sequence[in
     def create() -> GPT:
         return GPT(**arguments, rngs=nnx.Rngs(0))
 
+    check_count("num_transformer_layers", arguments["num_layers"], "transformer.h.", tensors, str(weights))
     masks = [name for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias"))]
     table = gpt2_table(arguments["num_layers"], tied)
     gpt = load_strictly(create, tensors, table, str(weights), [*masks, head] if tied else masks)
@@ -168,6 +170,11 @@ def _read_gpt(folder: Path, labels_file: Path, num_codes: int, grid: Sequence[in
         "token_shape": list(grid),
     }
     return Converted("gpt", gpt, arguments, metadata)
+
+
+def _are_equal(a: StoredTensor, b: StoredTensor) -> bool:
+    """Of two tensors; those with more values than are stored, which cannot be weights, are not compared."""
+    return not (a.repeats or b.repeats) and np.array_equal(np.asarray(a), np.asarray(b))
 
 
 def gpt2_table(num_layers: int, tied: bool) -> Table:
@@ -201,5 +208,5 @@ def _class_names(file: Path, num_classes: int) -> list[str]:
     labels = read_json(file)
     wanted = [str(i) for i in range(num_classes)]
     if sorted(labels) != sorted(wanted):
-        raise UserError(f"{file} should name classes 0 to {num_classes - 1}, but names {', '.join(sorted(labels))}")
-    return [str(labels[i]) for i in wanted]
+        raise UserError(f"{file} should name classes 0 to {num_classes - 1}, but names {listed(sorted(labels))}")
+    return [setting(labels, i, str, file) for i in wanted]

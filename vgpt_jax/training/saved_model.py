@@ -8,7 +8,10 @@ A folder is written beside its place and renamed, so it is there whole or not at
 
 import hashlib
 import json
+import os
+import re
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,9 @@ def save_model(
 
     Returns:
       The metadata as written, with the ``fingerprint`` of weights and arguments.
+
+    Raises:
+      OSError: it cannot be written; ``directory`` is as it was.
     """
     import orbax.checkpoint as ocp
 
@@ -67,8 +73,19 @@ def save_model(
     unfinished = directory.with_name(directory.name + ".unfinished")
     if jax.process_index() == 0 and unfinished.exists():
         shutil.rmtree(unfinished)
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=_room_for(state))) as checkpointer:
-        checkpointer.save(unfinished / "weights", args=ocp.args.StandardSave(state))
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=_room_for(state))) as checkpointer:
+            checkpointer.save(unfinished / "weights", args=ocp.args.StandardSave(state))
+    except OSError:
+        raise
+    except Exception as error:  # of tensorstore, which has its own for what the system refuses
+        for _ in range(3):  # and which may for a moment still be writing
+            time.sleep(0.1)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
     if jax.process_index() == 0:
         (unfinished / "metadata.json").write_text(json.dumps(written, indent=2) + "\n")
         if directory.exists():
@@ -90,7 +107,7 @@ def read_metadata(directory: Path, kind: str | Sequence[str]) -> dict[str, Any]:
       kind: that it must be, or several that it may be, what they are in general first.
 
     Raises:
-      UserError: there is no such folder, it is damaged, of another kind, or of a later format.
+      UserError: there is no such folder, its ``metadata.json`` is damaged, of another kind, or of a later format.
     """
     path = Path(directory) / "metadata.json"
     kinds = (kind,) if isinstance(kind, str) else kind
@@ -101,15 +118,36 @@ def read_metadata(directory: Path, kind: str | Sequence[str]) -> dict[str, Any]:
         raise UserError(
             f"there is no trained {kind} in {directory}: train one with vgpt_jax.main, or give another folder"
         ) from None
-    except (json.JSONDecodeError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} is damaged: it holds a {type(metadata).__name__}, not an object")
     if metadata.get("kind") not in kinds:
         raise UserError(f"{directory} holds a {metadata.get('kind')}, but a {kind} is needed")
-    if metadata["format_version"] > FORMAT_VERSION:
-        raise UserError(
-            f"{directory} has format {metadata['format_version']}; this vgpt_jax reads up to {FORMAT_VERSION}: update it"
-        )
+    version = metadata.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise UserError(f"{directory} has format {version}; this vgpt_jax reads up to {FORMAT_VERSION}: update it")
+    for name, wanted in (("format_version", int), ("arguments", dict), ("fingerprint", str)):
+        if not isinstance(metadata.get(name), wanted):
+            raise UserError(f"{path} is damaged: {name} is {metadata.get(name)!r}")
     return metadata
+
+
+def abstract_model(directory: Path, metadata: dict[str, Any]) -> nnx.Module:
+    """The module that a model folder describes, without its weights (``nnx.eval_shape``).
+
+    Args:
+      directory: where `save_model` wrote, for messages.
+      metadata: as `read_metadata` gives it.
+
+    Raises:
+      UserError: the arguments are not those of such a module.
+    """
+    kind, arguments = metadata["kind"], metadata["arguments"]
+    try:
+        return nnx.eval_shape(lambda: KINDS[kind](**arguments, rngs=nnx.Rngs(0)))
+    except Exception as error:  # the constructors check values, not types
+        raise UserError(f"{directory}/metadata.json is damaged: its arguments make no {kind} ({error})") from error
 
 
 def load_model(
@@ -128,8 +166,7 @@ def load_model(
     import orbax.checkpoint as ocp
 
     metadata = read_metadata(directory, kind)
-    model = nnx.eval_shape(lambda: KINDS[metadata["kind"]](**metadata["arguments"], rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(abstract_model(directory, metadata))
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), nnx.to_pure_dict(state)
