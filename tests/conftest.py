@@ -8,12 +8,7 @@ from pathlib import Path
 import pytest
 
 # Before JAX starts its backend. Nothing in the suite depends on how many devices there are but what tests sharding.
-# Most of the suite's time goes into compiling small programs that run for a moment. At level 1 that takes three quarters of the
-# time; at 0, where it takes less still, XLA got a sampler wrong.
-FAST_COMPILATION = "--xla_backend_optimization_level=1"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + f" {FAST_COMPILATION} --xla_force_host_platform_device_count=8"
-)
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 # What one process has compiled the others, and those that tests start, need not; nor does the next run.

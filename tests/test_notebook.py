@@ -46,7 +46,7 @@ def executed(tmp_path_factory):
         "VGPT_JAX_NOTEBOOK_STEPS": "20",
         "PYTHONPATH": str(ROOT),
         "IPYTHONDIR": str(folder / "ipython"),
-        "XLA_FLAGS": "--xla_backend_optimization_level=1",  # one device
+        "XLA_FLAGS": "",  # one device
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_DATA_DIR", str(folder / "jupyter"))  # no kernels of the user's, but this interpreter

@@ -40,7 +40,7 @@ def command(tiny_overrides):
 
 def run(command, workdir: Path, kill_at: str | None = None) -> list[str]:
     """Runs the command, or kills it with SIGKILL as soon as it prints a line that begins with ``kill_at``."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=1"}  # one device
+    environment = os.environ | {"XLA_FLAGS": ""}
     with subprocess.Popen(
         [*command, f"--workdir={workdir}"],
         cwd=ROOT,
