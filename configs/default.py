@@ -31,6 +31,14 @@ def get_config() -> ConfigDict:
     )
     config.stages = ("tokenizer", "generator", "classifier")  # trained in this order; finished ones are skipped
 
+    config.mesh = ConfigDict(  # devices by axis; one may be -1: what the others leave over (docs/scaling.md)
+        {
+            "data": -1,  # each has a part of the batch, and all weights
+            "fsdp": 1,  # each has a part of the batch, and a part of the weights, optimizer and averages
+            "tensor": 1,  # each has a part of every layer's work
+        }
+    )
+
     config.data = ConfigDict(
         {
             "name": "emoji",  # "emoji", "image_folder", or a name of tensorflow-datasets: "stanford_dogs", "cifar10", ...
@@ -202,6 +210,9 @@ def get_config() -> ConfigDict:
             "num_steps": 150_000,
             "reconstruction": "l1",  # "l1" or "l2"
             "ema_decay": 0.0,  # of the averaged weights, which are evaluated and saved; 0: the last ones are
+            "accumulate": 1,  # parts of a batch that are computed one after the other, for batches that memory does not hold
+            "remat": "none",  # what a step keeps for its gradient: "none": everything, "dots", "blocks": the least
+            "model_from": "last",  # what is saved at the end: the weights of the "last" step, or of the "best" checkpoint
             "init_from": "",  # folder of a trained tokenizer to start from, which decides the sections above but loss weights
             "optimizer": optimizer(4.5e-6),
         }
@@ -282,6 +293,9 @@ def get_config() -> ConfigDict:
             "random_until": 0.5,  # with gpt.random_order: share of num_steps up to which every order is random;
             "raster_from": 0.75,  # from there fewer and fewer, and from this share on none. 1 and 1: random throughout
             "ema_decay": 0.0,  # of the averaged weights, which are evaluated and saved; 0: the last ones are
+            "accumulate": 1,
+            "remat": "none",
+            "model_from": "last",
             "init_from": "",  # folder of a trained generator to start from, which decides the gpt section but dropout rates
             "optimizer": optimizer(5e-6),
         }
@@ -298,6 +312,9 @@ def get_config() -> ConfigDict:
             "batch_size": 32,
             "num_steps": 1000,
             "label_smoothing": 0.1,
+            "accumulate": 1,
+            "remat": "none",
+            "model_from": "last",
             "init_from": "",  # folder of a trained classifier to start from, which decides the classifier section
             "optimizer": optimizer(1e-3),
         }
@@ -323,7 +340,8 @@ def get_config() -> ConfigDict:
             "log_every": 50,  # steps
             "eval_every": 1000,
             "checkpoint_every": 1000,
-            "keep_checkpoints": 2,
+            "keep_checkpoints": 2,  # the newest ones
+            "keep_best": 1,  # and those with the best PSNR, nats a token, or cross-entropy on held-out pictures
             "wandb_project": "",  # "": none; needs the extra "wandb"
         }
     )

@@ -10,19 +10,21 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "vgpt_jax"
 
 FLOORS = [  # from the ground up; a module imports from floors below its own, and from its own package on its own floor
-    {"errors", "progress", "files", "host_memory", "imagenet"},
-    {"quantizers", "configuration"},
+    {"errors", "progress", "files", "host_memory", "imagenet", "hardware"},
+    {"quantizers", "configuration", "command_line"},
     {"models", "losses", "evaluation.metrics", "visualization"},
     {"data", "sampling.logits", "sampling.guidance", "sampling.generate", "sampling.parallel", "sampling.request",
      "sampling.program", "sampling.class_names", "training.sharding", "training.optimizer", "training.from_config",
-     "training.saved_model", "training.state", "training.checkpoint", "training.metric_log"},
+     "training.saved_model", "training.state", "training.checkpoint", "training.metric_log", "training.processes",
+     "training.remat", "training.manifest", "training.preemption", "training.workdir_lock", "training.hlo",
+     "training.compiled_cost", "training.speed", "training.compile_report"},
     {"sampling.completion", "sampling.cond_visual_gpt", "sampling.progressive", "sampling.record", "evaluation.runner",
      "evaluation.frechet",
      "pretrained", "training.diff_augment"},
     {"sampling.rerank", "training.stage", "training.tokenizer_step"},
     {"training.loop", "training.tokenizer_stage", "training.generator_stage", "training.classifier_stage"},
     {"evaluation.measure"},
-    {"main", "sample", "evaluate", "convert", "prepare"},
+    {"main", "sample", "evaluate", "convert", "prepare", "compile_ahead"},
     {"benchmarks"},
 ]  # fmt: skip
 

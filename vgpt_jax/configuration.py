@@ -1,10 +1,17 @@
-"""Reading a config from the command line, and the config that a workdir belongs to."""
+"""Reading a config from the command line, and the config that a workdir belongs to.
+
+Whatever the file, the command line or the workdir says: a config that is returned has the fields of ``configs/default.py``,
+all of them and no others, and each holds a value of the kind that it holds there.
+"""
 
 import importlib.util
 import json
+import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -14,14 +21,31 @@ from vgpt_jax.files import written_whole
 
 FREE_FIELDS = (
     "logging",
+    "mesh",
     "stages",
     "sampling",
     "data.cache_dir",
     "data.data_dir",
     "data.manual_dir",
     "max_skipped_steps",
+    *(
+        f"{stage}_training.{name}"
+        for stage in ("tokenizer", "generator", "classifier")
+        for name in ("remat", "model_from")
+    ),
 )
 """What may change between a run and its resumption, as it changes no weight."""
+
+DEFAULT = Path(__file__).parents[1] / "configs" / "default.py"
+LARGEST = 2**32 - 1
+KINDS = {
+    bool: "True or False",
+    int: f"a whole number from -{LARGEST} to {LARGEST}",
+    float: "a finite number",
+    str: "a text without line breaks",
+    tuple: "a row of texts, or of numbers",
+}
+"""What a field may hold by the type that it has in ``DEFAULT``; where there is nothing, nothing too."""
 
 
 def read_flags(argv: list[str]) -> tuple[ConfigDict, Path]:
@@ -36,7 +60,7 @@ def read_flags(argv: list[str]) -> tuple[ConfigDict, Path]:
 
     Raises:
       UserError: a flag is missing or unknown, there is no such config file or it cannot be read, a field is unknown
-        (with close ones) or a value of the wrong type.
+        (with close ones) or missing, or a value of the wrong type.
     """
     own = flags.FlagValues()  # not absl's global ones, to which libraries add theirs
     config = config_flags.DEFINE_config_file("config", None, "configs/NAME.py", flag_values=own)
@@ -69,6 +93,7 @@ def read_flags(argv: list[str]) -> tuple[ConfigDict, Path]:
             raise UserError(f"--{name} is needed, for example --{name}={example}")
     if manual_dir.value:
         config.value.data.manual_dir = manual_dir.value
+    _check_fields(config.value, _load(str(DEFAULT)))
     return config.value, Path(workdir.value).expanduser()
 
 
@@ -78,7 +103,7 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     Raises:
       UserError: it belongs to a config with other values, which the message lists, or its config cannot be read.
     """
-    if not (workdir / "config.json").is_file():
+    if not os.path.lexists(workdir / "config.json"):
         return
     there, mine = json.loads(read_config(workdir).to_json_best_effort()), json.loads(config.to_json_best_effort())
     changed = [
@@ -107,16 +132,70 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config that a workdir belongs to.
+    """The config that a workdir belongs to. What one of an earlier version does not say is as in ``configs/default.py``.
 
     Raises:
       UserError: the folder is no workdir, or its config is damaged.
     """
     path = Path(workdir) / "config.json"
+    config = _load(str(DEFAULT))
     try:
-        return ConfigDict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no fields")
+        _fill(config, found)
+        _check_fields(config, _load(str(DEFAULT)))
+    except (OSError, ValueError, RecursionError) as error:  # a file that is no text raises a ValueError
         raise UserError(f"{workdir} is not a workdir of vgpt_jax.main ({path}: {error})") from error
+    return config
+
+
+def _fill(config: ConfigDict, found: Mapping[str, Any]) -> None:
+    """Puts what was found into a config, whatever its type; what has no place there is left out."""
+    for name in config.keys() & found.keys():
+        if isinstance(config[name], ConfigDict) and isinstance(found[name], dict):
+            _fill(config[name], found[name])
+        else:
+            with config.ignore_type():
+                config[name] = found[name]
+
+
+def _check_fields(config: ConfigDict, default: ConfigDict, prefix: str = "") -> None:
+    """Raises `UserError` where a config has other fields than the default one, or a value of another kind."""
+    for name in config:
+        if name not in default:
+            raise UserError(f"the config has a field that nothing reads, {prefix}{name}: {close_names(name, default)}")
+    for name, usual in default.items():
+        if name not in config:
+            raise UserError(f"the config has no {prefix}{name}: let it change what configs/default.py returns")
+        value, kind = config[name], default.get_type(name)
+        if isinstance(usual, ConfigDict):
+            if not isinstance(value, ConfigDict):
+                raise UserError(f"{prefix}{name} is {_shown(value)}, but must be a section of the config")
+            _check_fields(value, usual, f"{prefix}{name}.")
+        elif not (_fits(value, kind, usual or ()) or (value is None and usual is None)):
+            raise UserError(f"{prefix}{name} is {_shown(value)}, but must be {KINDS[kind]}")
+
+
+def _fits(value: Any, kind: type, usual: Any = ()) -> bool:
+    """Whether a field of a type may hold a value; the items of a row are of the type of the ``usual`` ones, if there are any."""
+    if kind is tuple:
+        kinds = {type(item) for item in usual} or {int, float, str}
+        return isinstance(value, (list, tuple)) and all(any(_fits(item, k) for k in kinds) for item in value)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) <= 1e300 and math.isfinite(value)
+    if kind is int:
+        return type(value) is int and abs(value) <= LARGEST
+    return type(value) is kind and (kind is not str or value.isprintable())
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, which it shall not fill."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a number that is too long to show"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _field_names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
@@ -155,6 +234,9 @@ def _load(path: str) -> ConfigDict:
         spec = importlib.util.spec_from_file_location("config", name)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module.get_config()
-    except Exception as error:  # whatever a user's own file raises
+        config = module.get_config()
+    except (Exception, SystemExit) as error:  # whatever a user's own file raises
         raise UserError(f"--config={path} cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={path} cannot be read: its get_config() returns {_shown(config)}, not a ConfigDict")
+    return config

@@ -5,7 +5,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -57,6 +57,10 @@ def check_range(
         raise UserError(f"{name} is {value}, but must be {wanted}")
 
 
+leave: list[Callable[[int], NoReturn]] = [sys.exit]
+"""The last is how a command ends that has failed. A run of several processes adds its own, as these wait for each other at exit."""
+
+
 def exit_on_user_error(command: Callable[..., T]) -> Callable[..., T]:
     """Wraps a command line's main: a `UserError` ends it with one line on standard error and exit status 2."""
 
@@ -66,7 +70,7 @@ def exit_on_user_error(command: Callable[..., T]) -> Callable[..., T]:
             return command(*args, **kwargs)
         except UserError as error:
             line = " ".join(str(error).split())  # names in a file can have line breaks
-            print(f"error: {line}", file=sys.stderr)
-            sys.exit(2)
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            leave[-1](2)
 
     return wrapped

@@ -5,15 +5,17 @@ Prints a table of figures, and writes to ``DIR/evaluation``: ``metrics.json``, `
 ``--config.FIELD=VALUE``, gives another, as folders need that `vgpt_jax.convert` wrote.
 """
 
-import argparse
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+from vgpt_jax.command_line import CommandParser, add_process_flags
 from vgpt_jax.configuration import read_config, read_flags
 from vgpt_jax.errors import UserError, exit_on_user_error
-from vgpt_jax.evaluation.measure import FRECHET, Request, measure
+from vgpt_jax.evaluation.measure import FRECHET, Measured, Request, measure
 from vgpt_jax.training.metric_log import curves
+from vgpt_jax.training.processes import first_does, join, say
 from vgpt_jax.visualization.grid import save_png
 from vgpt_jax.visualization.plots import plot_curves
 
@@ -81,14 +83,26 @@ def plot_training(workdir: Path, path: Path) -> None:
         plot_curves(panels, path)
 
 
+def write(measured: Measured, text: str, workdir: Path, directory: Path) -> None:
+    """Writes figures, table, pictures and curves into ``directory``.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    figures = {name: float(value) for name, value in measured.figures.items()}
+    try:
+        for name, picture in measured.pictures.items():
+            save_png(picture, directory / f"{name}.png")
+        plot_training(workdir, directory / "curves.png")
+        (directory / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+        (directory / "table.md").write_text(text + "\n")
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written ({error.strerror})") from error
+
+
 @exit_on_user_error
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m vgpt_jax.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser("evaluate", __doc__)
     add = parser.add_argument
     add("--workdir", type=Path, required=True, help="of a finished vgpt_jax.main, or what vgpt_jax.convert wrote")
     add("--num", type=int, default=8, help="pictures drawn of each class (default 8)")
@@ -97,7 +111,9 @@ def main(argv: list[str]) -> None:
     add("--classifier", help="that chooses among them, as in vgpt_jax.sample (default: the workdir's own)")
     add("--frechet", choices=FRECHET, default="none", help="network of Fréchet distances; with inception they are FID")
     add("--inception_file", default="", help="pt_inception-2015-12-05-6726825d.pth, which is fetched otherwise")
+    add_process_flags(parser)
     arguments, rest = parser.parse_known_args(argv)
+    join(arguments.coordinator, arguments.num_processes, arguments.process_id)
     workdir = arguments.workdir
     other = [argument for argument in rest if argument.startswith("-") and not argument.startswith("--config")]
     if other:
@@ -110,22 +126,14 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"{workdir} has no config: say which data to measure on, --config=configs/stfdogs.py for example"
         )
-    asked = Request(**{name: value for name, value in vars(arguments).items() if name != "workdir"})
+    asked = Request(**{field.name: getattr(arguments, field.name) for field in fields(Request)})
     measured = measure(workdir, config, asked)
     text, directory = table(measured.figures, arguments.frechet), workdir / "evaluation"
-    figures = {name: float(value) for name, value in measured.figures.items()}
-    try:
-        for name, picture in measured.pictures.items():
-            save_png(picture, directory / f"{name}.png")
-        plot_training(workdir, directory / "curves.png")
-        (directory / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
-        (directory / "table.md").write_text(text + "\n")
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written ({error.strerror})") from error
-    print(text)
+    first_does(lambda: write(measured, text, workdir, directory))
+    say(text)
     for what in measured.left_out:
-        print(f"not measured: {what}")
-    print(f"written: {directory}")
+        say(f"not measured: {what}")
+    say(f"written: {directory}")
 
 
 if __name__ == "__main__":

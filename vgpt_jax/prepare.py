@@ -4,8 +4,7 @@
 under their published names: for stanford_dogs images.tar, annotation.tar and lists.tar.
 """
 
-import argparse
-
+from vgpt_jax.command_line import CommandParser
 from vgpt_jax.data.tfds_prepare import prepare
 from vgpt_jax.data.tfds_source import make_builder
 from vgpt_jax.errors import exit_on_user_error
@@ -13,9 +12,7 @@ from vgpt_jax.errors import exit_on_user_error
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m vgpt_jax.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("prepare", __doc__)
     parser.add_argument("--name", required=True, help="of the data set, such as stanford_dogs, cifar10 or imagenet2012")
     parser.add_argument(
         "--data_dir", default="", help="where it is put; $TFDS_DATA_DIR or ~/tensorflow_datasets otherwise"

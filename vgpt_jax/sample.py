@@ -11,15 +11,18 @@ writes ``out.gif``, ``out.png`` (the finished pictures) and ``out.json`` (scores
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
+from flax import nnx
 
+from vgpt_jax.command_line import CommandParser, add_process_flags
 from vgpt_jax.data.transforms import to_uint8
 from vgpt_jax.errors import UserError, exit_on_user_error
 from vgpt_jax.host_memory import accelerator_is_installed, keep_freed_memory
 from vgpt_jax.pretrained.rerankers import NONE
-from vgpt_jax.progress import progress
 from vgpt_jax.sampling.class_names import shown_name, slug
 from vgpt_jax.sampling.completion import Completion, read_completion
 from vgpt_jax.sampling.cond_visual_gpt import CondVisualGPT, Samples
@@ -28,6 +31,7 @@ from vgpt_jax.sampling.progressive import decode_so_far
 from vgpt_jax.sampling.record import Record, read_record
 from vgpt_jax.sampling.request import ORDERS, Drawing
 from vgpt_jax.sampling.rerank import ClassConditionedRejectionSampler
+from vgpt_jax.training.processes import first_does, is_first, join, progress_once, say
 from vgpt_jax.training.sharding import make_mesh
 from vgpt_jax.visualization.gif import frame_counts, patch_reveal, save_gif
 from vgpt_jax.visualization.grid import enlarge, make_grid, save_png, scale_for
@@ -52,18 +56,13 @@ DRAWING_OPTIONS = (
 CHOICES = {"guidance_schedule": tuple(GUIDANCE_SCHEDULES), "order": ORDERS}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
-
-
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parses the command line.
 
     Raises:
       UserError: it is wrong.
     """
-    parser = _Parser(prog="python -m vgpt_jax.sample", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = CommandParser("sample", __doc__)
     add = parser.add_argument
     add("--from_pretrained", required=True, metavar="DIR", help="the workdir of a finished training")
     add("--cls_name", nargs="+", metavar="NAME", help="classes: exactly, or a part that fits only one")
@@ -82,13 +81,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name, kind, text in DRAWING_OPTIONS:
         default = getattr(Drawing, name)
         add(f"--{name}", type=kind, default=default, choices=CHOICES.get(name), help=f"{text} (default {default})")
-    add(
-        "--z_shape",
-        type=int,
-        nargs=2,
-        metavar=("h", "w"),
-        help="token grid; must be the one that the model was trained on",
-    )
+    add("--z_shape", type=int, nargs=2, metavar=("h", "w"), help="token grid; must be the one that the model writes")
     add("--complete", metavar="PICTURE", help="keep a part of this picture and draw the rest")
     add(
         "--keep", metavar="top|left|MASK", help="with --complete: the part, or a picture that is white where it is kept"
@@ -113,6 +106,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="PATH.gif",
         help="the grid and the record go beside it (default samples.gif)",
     )
+    add_process_flags(parser)
     arguments = parser.parse_args(argv)
     if bool(arguments.cls_name) == bool(arguments.again):
         parser.error("give either --cls_name or --again")
@@ -210,11 +204,12 @@ def completion_of(sampler: ClassConditionedRejectionSampler, settings: dict) -> 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
+    join(arguments.coordinator, arguments.num_processes, arguments.process_id)
     path = Path(arguments.save_path).expanduser()
     if path.suffix.lower() != ".gif":
         raise UserError(f"--save_path is {arguments.save_path}, but must end in .gif")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # before anything is drawn for nothing
+        first_does(lambda: path.parent.mkdir(parents=True, exist_ok=True))  # before anything is drawn for nothing
     except OSError as error:
         raise UserError(f"--save_path {path} cannot be written ({error.strerror})") from error
     before = read_record(Path(arguments.again)) if arguments.again else None
@@ -251,12 +246,13 @@ def main(argv: list[str]) -> None:
     folder = path.with_suffix("") if arguments.files or total > IN_GRID else None
     try:
         shown = draw(model, batches, total, record, path, folder)
-        write_pictures(model, shown, record, arguments.view, path, completion)
+        view = arguments.view
+        first_does(lambda: write_pictures(on_one_device(model), shown, record, view, path, completion))
     except OSError as error:
         raise UserError(f"--save_path {path} cannot be written ({error.strerror})") from error
     report(record, before, arguments.pick)
     written = [path, path.with_suffix(".png"), path.with_suffix(".json"), *([folder] if folder else [])]
-    print(f"written: {', '.join(map(str, written))}")
+    say(f"written: {', '.join(map(str, written))}")
 
 
 def draw(
@@ -279,23 +275,34 @@ def draw(
             if count < IN_GRID:
                 shown.append(samples)
             if folder is not None:
-                for i, picture in enumerate(to_uint8(samples.images, (0, 1))):
-                    name = slug(model.class_names[samples.labels[i]])
-                    save_png(picture, folder / f"{count + i:06d}_{name}.png")
+                first_does(partial(save_each, model, samples, folder, count))
             record.add(model, samples)
             count += len(samples.labels)
-            if count >= 1.25 * recorded:
-                record.write(path.with_suffix(".json"))
+            if count >= 1.25 * recorded or count == total:
+                first_does(partial(record.write, path.with_suffix(".json")))
                 recorded = count
             yield from samples.labels
 
     try:
-        for _ in progress(one_by_one(), "drawing", total):
+        for _ in progress_once(one_by_one(), "drawing", total):
             pass
     finally:
-        if count > recorded:
+        if count > recorded and is_first():
             record.write(path.with_suffix(".json"))
     return Samples.joined(shown)
+
+
+def save_each(model: CondVisualGPT, samples: Samples, folder: Path, first: int) -> None:
+    """Writes every picture by itself, numbered from ``first``."""
+    for i, picture in enumerate(to_uint8(samples.images, (0, 1))):
+        save_png(picture, folder / f"{first + i:06d}_{slug(model.class_names[samples.labels[i]])}.png")
+
+
+def on_one_device(model: CondVisualGPT) -> CondVisualGPT:
+    """The model with a tokenizer on one device, for what one process alone computes; every device has its arrays whole."""
+    graph, state = nnx.split(model.tokenizer)
+    tokenizer = nnx.merge(graph, jax.tree.map(lambda x: x.addressable_data(0), state))
+    return CondVisualGPT(tokenizer, model.gpt, class_names=model.class_names, value_range=model.value_range)
 
 
 def write_pictures(
@@ -324,16 +331,16 @@ def report(record: Record, before: Record | None, pick: list[int] | None) -> Non
     if before is not None:
         chosen = [before.pictures[i] for i in pick] if pick else before.pictures
         same = sum(new["token_ids"] == old["token_ids"] for new, old in zip(record.pictures, chosen, strict=True))
-        print(f"made again: {same} of {len(chosen)} with the same tokens")
+        say(f"made again: {same} of {len(chosen)} with the same tokens")
     if not record.pictures or "score" not in record.pictures[0]:
         return
     for picture in record.pictures[:IN_GIF]:
         scores = picture["candidate_scores"]
-        print(
+        say(
             f"{shown_name(picture['class'])}: score {picture['score']:.3f}, best of {len(scores)} (mean {np.mean(scores):.3f})"
         )
     if len(record.pictures) > IN_GIF:
-        print(f"mean score of {len(record.pictures)}: {np.mean([p['score'] for p in record.pictures]):.3f}")
+        say(f"mean score of {len(record.pictures)}: {np.mean([p['score'] for p in record.pictures]):.3f}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_the_full_recipe_trains_logs_and_saves_the_averages(tiny_config, tmp_pat
     stage = tokenizer_stage.build(config, make_mesh(), tmp_path, load_sources(config.data))
     state, seen = stage.state, []
     for step in range(12):
-        state, metrics = stage.step_after(step)(state, shard_batch(make_mesh(), next(stage.batches)))
+        state, metrics = stage.step_after(step)(state, shard_batch(make_mesh(), next(stage.batches)), stage.frozen)
         seen.append({name: float(value) for name, value in metrics.items()})
     assert all(np.isfinite(list(metrics.values())).all() for metrics in seen)
     assert all("perceptual" in metrics for metrics in seen)

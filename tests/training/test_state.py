@@ -15,7 +15,7 @@ from vgpt_jax.training.sharding import make_mesh, replicate
 from vgpt_jax.training.state import (
     apply_gradients,
     averaged_model,
-    create_replicated_state,
+    create_sharded_state,
     create_state,
     merge_model,
     skip_counts,
@@ -79,15 +79,15 @@ def test_every_step_has_a_key_of_its_own_that_depends_on_nothing_else():
 def test_no_two_arrays_of_a_fresh_state_share_memory(devices):
     """A step donates its state, and no memory can be given away twice."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
-    _, state = create_replicated_state(Line, optax.adam(0.1), 0, mesh, averaged=True)
-    discriminator = replicate(mesh, DiscriminatorState.of(create_replicated_state(Line, optax.adam(0.1), 1, mesh)[1]))
+    _, state = create_sharded_state(Line, optax.adam(0.1), 0, mesh, averaged=True)
+    discriminator = replicate(mesh, DiscriminatorState.of(create_sharded_state(Line, optax.adam(0.1), 1, mesh)[1]))
     state = TokenizerState(**vars(state), discriminator=discriminator)
     shards = [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(state)]
     assert len({shard.unsafe_buffer_pointer() for shard in shards}) == len(shards)
 
 
 def test_a_replicated_state_is_the_same_on_every_device():
-    _, state = create_replicated_state(Line, optax.adam(0.1), 7, make_mesh(), averaged=True)
+    _, state = create_sharded_state(Line, optax.adam(0.1), 7, make_mesh(), averaged=True)
     np.testing.assert_allclose(state.params["slope"][...], Line(nnx.Rngs(7)).slope[...], rtol=1e-6)
     assert bits(state.averages) == bits(state.params)
     assert bits(state.key) == bits(make()[1].key)

@@ -60,7 +60,7 @@ def steps_of(
     for step in range(1, stage.num_steps + 1):
         batch = shard_batch(mesh, next(stage.batches))
         begun = time.perf_counter()
-        state, metrics = jax.block_until_ready(stage.step_after(step - 1)(state, batch))
+        state, metrics = jax.block_until_ready(stage.step_after(step - 1)(state, batch, stage.frozen))
         seconds = time.perf_counter() - begun
         reporter.update(step)
         yield Run(step, state, {key: float(value) for key, value in metrics.items()}, seconds, stage)

@@ -2,7 +2,8 @@
 
 DIR/metadata.json                    whose ids they are: the tokenizer's fingerprint, the data, the views, sizes, class names
 DIR/training-00000-of-00012.npy      token_ids [views, m, N] of the first m pictures, uint16 where the codes are few enough
-DIR/training-00000-of-00012.json     their labels and the checksum of the ids; written last, so a shard that has it is whole
+DIR/training-00000-of-00012.json     their labels, the checksum of the ids and its own; written last, so a shard that has it is
+                                     whole
 DIR/held_out-00000-of-00001.npy ...  the same for the held-out part, of one view
 
 Shards can be written by several processes, in any order, and after an interruption only what is missing is. They are read where
@@ -135,7 +136,9 @@ def write_token_cache(
                 continue
             with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
                 decoded = _decoded(pool, source, view, pictures, batch_size)
-                examples = progress(decoded, f"token cache, {part}", total=sum(map(len, pictures)))
+                examples = decoded
+                if process_index == 0:
+                    examples = progress(decoded, f"token cache, {part}", total=sum(map(len, pictures)))
                 for i, of_shard in zip(missing, pictures, strict=True):
                     some = itertools.islice(examples, len(of_shard))
                     ids, labels = _encoded(encode, some, view.num, batch_size)
@@ -164,22 +167,25 @@ def read_token_cache(directory: Path, *, fingerprint: str) -> tuple[TokenSource,
             f"there is no token cache in {directory}, or its metadata.json cannot be read: delete it to have it written"
         )
     _refuse_other_tokenizer(directory, metadata["fingerprint"], fingerprint)
-    names = {p: shard_names(p, metadata["parts"][p]["num_pictures"], metadata["shard_size"]) for p in PARTS}
-    records = {part: [_record_of(directory / name, metadata) for name in names[part]] for part in PARTS}
-    missing = [n for part in PARTS for n, r in zip(names[part], records[part], strict=True) if r is None]
+    counts = {part: -(-metadata["parts"][part]["num_pictures"] // metadata["shard_size"]) for part in PARTS}
+    found = {path.stem: _record_of(path.with_suffix(""), metadata) for path in directory.glob("*-of-*.json")}
+    whole = {name: record for name, record in found.items() if record is not None}
+    named = (_shard_name(part, i, counts[part]) for part in PARTS for i in range(counts[part]))
+    missing = next((name for name in named if name not in whole), None)  # damaged metadata may say any number
     if missing:
         raise UserError(
-            f"the token cache in {directory} is not finished: {len(missing)} of {sum(map(len, names.values()))} shards are "
-            f"missing, the first is {missing[0]}: train the generator again to have them written"
+            f"the token cache in {directory} is not finished: {sum(counts.values()) - len(whole)} of {sum(counts.values())} "
+            f"shards are missing, the first is {missing}: train the generator again to have them written"
         )
     class_names = tuple(metadata["class_names"])
     parts = []
     for part in PARTS:
-        labels = np.array([label for record in records[part] for label in record["labels"]], np.int32)
-        shards = tuple(_load_ids(directory / f"{name}.npy") for name in names[part])
+        names = shard_names(part, metadata["parts"][part]["num_pictures"], metadata["shard_size"])
+        labels = np.array([label for name in names for label in whole[name]["labels"]], np.int32)
+        shards = tuple(_load_ids(directory / f"{name}.npy") for name in names)
         source = TokenSource(shards, labels, class_names)
-        for name, record, found in zip(names[part], records[part], source.checksums, strict=True):
-            if found != record["sha256"]:
+        for name, there in zip(names, source.checksums, strict=True):
+            if there != whole[name]["sha256"]:
                 raise _damaged(directory / f"{name}.npy", "its checksum is another")
         parts.append(source)
     return parts[0], parts[1]
@@ -187,9 +193,12 @@ def read_token_cache(directory: Path, *, fingerprint: str) -> tuple[TokenSource,
 
 def _load_ids(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r")
+        ids = np.load(path, mmap_mode="r")
     except Exception as error:  # whatever NumPy raises for a file that is not whole
         raise _damaged(path, error) from error
+    if ids.ndim != 3:
+        raise _damaged(path, f"it is of shape {ids.shape}")
+    return ids
 
 
 def _damaged(path: Path, why: Any) -> UserError:
@@ -199,7 +208,11 @@ def _damaged(path: Path, why: Any) -> UserError:
 def shard_names(part: str, num_pictures: int, shard_size: int) -> list[str]:
     """The shards' files of a part, without their suffix."""
     count = -(-num_pictures // shard_size)
-    return [f"{part}-{i:05d}-of-{count:05d}" for i in range(count)]
+    return [_shard_name(part, i, count) for i in range(count)]
+
+
+def _shard_name(part: str, number: int, count: int) -> str:
+    return f"{part}-{number:05d}-of-{count:05d}"
 
 
 def checksum(ids: np.ndarray) -> str:
@@ -244,8 +257,12 @@ def _read_metadata(directory: Path) -> dict | None:
     """The metadata of a cache, None where there are none that can be read."""
     try:
         metadata = json.loads((directory / "metadata.json").read_text())
-        return metadata if metadata["format"] == FORMAT and set(metadata["parts"]) == set(PARTS) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        counts = [metadata["shard_size"], *(metadata["parts"][part]["num_pictures"] for part in PARTS)]
+        read = all(type(count) is int and count > 0 for count in counts) and metadata["format"] == FORMAT
+        fields = {"fingerprint": str, "num_codes": int, "token_shape": list, "class_names": list}
+        read = read and all(isinstance(metadata[name], kind) for name, kind in fields.items())
+        return metadata if read and all({"data", "views"} <= metadata["parts"][part].keys() for part in PARTS) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -265,10 +282,14 @@ def _record_of(path: Path, metadata: dict) -> dict | None:
     """What is beside the ids of a shard that is whole; None where it is missing, or of a cache that was here before."""
     try:
         record = json.loads(path.with_name(f"{path.name}.json").read_text())
-        whole = record["cache"] == _settings_of(metadata) and path.with_name(f"{path.name}.npy").is_file()
-        return record if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = record["cache"] == _settings_of(metadata) and record.pop("record_sha256") == _record_checksum(record)
+        return record if whole and path.with_name(f"{path.name}.npy").is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _record_checksum(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _write_shard(path: Path, ids: np.ndarray, labels: list[int], metadata: dict) -> None:
@@ -277,7 +298,7 @@ def _write_shard(path: Path, ids: np.ndarray, labels: list[int], metadata: dict)
         np.save(file, ids)
     with written_whole(beside) as unfinished:
         record = {"cache": _settings_of(metadata), "sha256": checksum(ids), "labels": labels}
-        unfinished.write_text(json.dumps(record) + "\n")
+        unfinished.write_text(json.dumps(record | {"record_sha256": _record_checksum(record)}) + "\n")
 
 
 def _decoded(

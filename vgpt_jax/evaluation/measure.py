@@ -26,14 +26,22 @@ from vgpt_jax.models.preprocessed import Preprocessed
 from vgpt_jax.models.tokenizer import Tokenizer
 from vgpt_jax.pretrained.efficientnet_lite0 import PREPROCESSING, load_efficientnet_lite0
 from vgpt_jax.pretrained.inception import load_inception
-from vgpt_jax.progress import progress
 from vgpt_jax.sampling.class_names import class_key, shown_name
 from vgpt_jax.sampling.cond_visual_gpt import encode
 from vgpt_jax.sampling.program import ClassifierScore
 from vgpt_jax.sampling.rerank import ClassConditionedRejectionSampler
 from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
+from vgpt_jax.training.processes import progress_once
 from vgpt_jax.training.saved_model import load_model
-from vgpt_jax.training.sharding import make_mesh, place_on, replicate
+from vgpt_jax.training.sharding import (
+    local_rows,
+    make_mesh,
+    num_shards,
+    on_every_host,
+    place_on,
+    replicate,
+    shard_batch,
+)
 from vgpt_jax.visualization.grid import enlarge, make_grid, scale_for
 
 BATCH_SIZE = 32
@@ -125,7 +133,9 @@ class _Run:
         return self.sources[1]
 
     def batches(self, source: Any, view: Callable | None = None) -> Iterator[dict]:
-        return evaluation_batches(source, view or self.transform.evaluate, batch_size=BATCH_SIZE * self.mesh.size)
+        size = BATCH_SIZE * num_shards(self.mesh)
+        rows = local_rows(self.mesh, size)
+        return evaluation_batches(source, view or self.transform.evaluate, batch_size=size, rows=rows)
 
     def means(self, modules: Any, metrics: Callable, source: Any, view: Callable | None = None) -> dict[str, float]:
         """The means over a source of ``metrics(modules, batch)``."""
@@ -172,9 +182,11 @@ def _tokens(run: _Run, workdir: Path, fingerprint: str) -> tuple[TokenSource | N
         return read_token_cache(workdir / "token_cache", fingerprint=fingerprint)
     graph, state = nnx.split(place_on(run.mesh, run.tokenizer))
     ids, labels = [], []
-    for batch in run.batches(run.held_out):
-        ids.append(np.asarray(encode(graph, state, batch["image"]))[batch["mask"]])
-        labels.append(batch["label"][batch["mask"]])
+    for local in run.batches(run.held_out):
+        batch = shard_batch(run.mesh, local)
+        found, of_batch, mask = on_every_host((encode(graph, state, batch["image"]), batch["label"], batch["mask"]))
+        ids.append(found[mask])
+        labels.append(of_batch[mask])
     ids = np.concatenate(ids)
     return None, TokenSource((ids.reshape(1, len(ids), -1),), np.concatenate(labels), run.held_out.class_names)
 
@@ -255,12 +267,14 @@ def _of_samples(
             left -= len(shown[-1])
             if samples.scores is not None:
                 candidate_scores.append(samples.candidate_scores)
-            padding = -len(samples.images) % run.mesh.size
+            padding = -len(samples.images) % num_shards(run.mesh)
             mask = np.arange(len(samples.images) + padding) < len(samples.images)
-            yield {"image": np.pad(samples.images, ((0, padding), (0, 0), (0, 0), (0, 0)), mode="edge"), "mask": mask}
+            images = np.pad(samples.images, ((0, padding), (0, 0), (0, 0), (0, 0)), mode="edge")
+            mine = local_rows(run.mesh, len(images))
+            yield {"image": images[mine], "mask": mask[mine]}
 
     figures = {"sampling/accept_n": accept_n, "sampling/candidates": len(labels) * accept_n}
-    drawn = progress(batches(), f"drawing {len(labels):,} pictures, batches")
+    drawn = progress_once(batches(), f"drawing {len(labels):,} pictures, batches")
     if embed is None:
         collections.deque(drawn, maxlen=0)
         figures["sampling/seconds"] = time.monotonic() - begun

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vgpt_jax.training.sharding import shard_batch
+from vgpt_jax.training.sharding import on_every_host, shard_batch
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def mean_over(sums: Callable[[Any, dict], dict], state: Any, batches: Iterable[d
     total = None
     for batch in batches:
         new = sums(state, shard_batch(mesh, batch))
-        new = jax.tree.map(lambda x: np.asarray(x, np.float64), new)
+        new = jax.tree.map(lambda x: np.asarray(x, np.float64), on_every_host(new))
         total = new if total is None else {k: total[k] + new[k] for k in total}
     count = total.pop("count")
     return {name: value / count for name, value in total.items()}

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from vgpt_jax.errors import UserError, check_range
-from vgpt_jax.models.layers import dropout
+from vgpt_jax.models.layers import block_output, dropout
 from vgpt_jax.models.vqgan import conv3x3, group_norm
 
 
@@ -61,7 +61,7 @@ class ConvClassifier(nnx.Module):
         x = (images - low) * (2.0 / (high - low)) - 1.0
         for strided, norm, conv in zip(self.strided, self.norms, self.convs, strict=True):
             x = strided(x)
-            x = x + conv(jax.nn.swish(norm(x)))
+            x = block_output(x + conv(jax.nn.swish(norm(x))))
         x = jax.nn.swish(x)
         x = jnp.concatenate([jnp.mean(x, axis=(1, 2)), jnp.max(x, axis=(1, 2))], axis=-1)  # [B, 2 C]
         return self.head(dropout(x, self.dropout, dropout_key))

@@ -4,8 +4,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+BLOCK = "block"
+"""What the outputs of a network's blocks are called, for those who choose what the backward pass keeps (`jax.checkpoint`)."""
+
+
+def block_output(x: Array) -> Array:
+    """``x``, under the name ``BLOCK``."""
+    return checkpoint_name(x, BLOCK)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

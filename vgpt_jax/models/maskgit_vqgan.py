@@ -13,7 +13,8 @@ from flax import nnx
 from jax import Array
 
 from vgpt_jax.errors import UserError, check_range
-from vgpt_jax.models.vqgan import Upsample, conv1x1, conv3x3, group_norm
+from vgpt_jax.models.layers import block_output
+from vgpt_jax.models.vqgan import Upsample, check_halvings, conv1x1, conv3x3, group_norm
 
 
 def bare_conv(in_channels: int, out_channels: int, side: int, dtype, rngs: nnx.Rngs) -> nnx.Conv:
@@ -36,7 +37,7 @@ class MaskGITBlock(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = self.conv2(jax.nn.swish(self.norm2(self.conv1(jax.nn.swish(self.norm1(x))))))
-        return y + (x if self.shortcut is None else self.shortcut(y))
+        return block_output(y + (x if self.shortcut is None else self.shortcut(y)))
 
 
 def blocks(widths: Sequence[int], dtype, rngs: nnx.Rngs) -> nnx.List:
@@ -82,11 +83,8 @@ class MaskGITEncoder(nnx.Module):
         sizes = {"z_channels": z_channels, "ch": ch, "ch_mult": min(ch_mult), "num_res_blocks": num_res_blocks}
         for name, size in sizes.items():
             check_range(f"maskgit_vqgan.{name}", size, least=1)
+        check_halvings(image_size, ch_mult)
         self.downsampling = 2 ** (len(ch_mult) - 1)
-        if image_size % self.downsampling:
-            raise UserError(
-                f"image_size {image_size} cannot be halved {len(ch_mult) - 1} times (ch_mult has {len(ch_mult)} levels)"
-            )
         widths = [ch * m for m in ch_mult]
         self.conv_in = bare_conv(3, ch, 3, dtype, rngs)
         self.levels = nnx.List(

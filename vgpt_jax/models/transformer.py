@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from vgpt_jax.models.layers import dropout
+from vgpt_jax.models.layers import block_output, dropout
 from vgpt_jax.models.rotary import rotate
 
 Rotation = tuple[Array, Array] | None
@@ -224,7 +224,7 @@ class Block(nnx.Module):
         weights_key, attention_key, mlp_key = split_key(key, 3)
         attend = lambda y: self.attention(y, rotation, weights_key)  # noqa: E731
         x = self._add(x, self.norm1, attend, modulation[:3], attention_key)
-        return self._add(x, self.norm2, self.mlp, modulation[3:], mlp_key)
+        return block_output(self._add(x, self.norm2, self.mlp, modulation[3:], mlp_key))
 
     def extend(
         self, x: Array, cache: LayerCache, modulation: Sequence[Array], index: Array, mask: Array, rotation: Rotation

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from vgpt_jax.errors import UserError, check_range
-from vgpt_jax.models.layers import dropout
+from vgpt_jax.models.layers import block_output, dropout
 
 
 def group_norm(channels: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
@@ -44,7 +44,7 @@ class ResidualBlock(nnx.Module):
     def __call__(self, x: Array, dropout_key: Array | None = None) -> Array:
         y = self.conv1(jax.nn.swish(self.norm1(x)))
         y = self.conv2(dropout(jax.nn.swish(self.norm2(y)), self.dropout, dropout_key))
-        return y + (x if self.shortcut is None else self.shortcut(x))
+        return block_output(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
 class AttentionBlock(nnx.Module):
@@ -64,7 +64,7 @@ class AttentionBlock(nnx.Module):
         scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=jnp.float32) / channels**0.5
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         y = jnp.einsum("bqk,bkc->bqc", weights, value).reshape(x.shape)
-        return x + self.out(y)
+        return block_output(x + self.out(y))
 
 
 class Downsample(nnx.Module):
@@ -153,16 +153,20 @@ def check_sizes(*, z_channels: int, ch: int, ch_mult: Sequence[int], num_res_blo
     check_range("vqgan.dropout", dropout, least=0, most=0.99)
 
 
+def check_halvings(image_size: int, ch_mult: Sequence[int]) -> None:
+    """Raises `UserError` where ``image_size`` cannot be halved on the way from each level to the next."""
+    times = len(ch_mult) - 1
+    if image_size % 2**times:
+        raise UserError(f"image_size {image_size} cannot be halved {times} times (ch_mult has {len(ch_mult)} levels)")
+
+
 def attended(image_size: int, ch_mult: Sequence[int], attn_resolutions: Sequence[int]) -> list[bool]:
     """Which levels have attention.
 
     Raises:
       UserError: a resolution of ``attn_resolutions`` is none of the levels', or ``image_size`` cannot be halved so often.
     """
-    if image_size % 2 ** (len(ch_mult) - 1):
-        raise UserError(
-            f"image_size {image_size} cannot be halved {len(ch_mult) - 1} times (ch_mult has {len(ch_mult)} levels)"
-        )
+    check_halvings(image_size, ch_mult)
     resolutions = [image_size // 2**i for i in range(len(ch_mult))]
     absent = sorted(set(attn_resolutions) - set(resolutions))
     if absent:

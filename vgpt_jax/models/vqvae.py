@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 
 from vgpt_jax.errors import UserError, check_range
+from vgpt_jax.models.layers import block_output
 from vgpt_jax.models.vqgan import conv1x1, conv3x3
 
 
@@ -23,7 +24,7 @@ class PlainResidualBlock(nnx.Module):
         self.conv2 = conv1x1(hidden, channels, dtype, rngs)
 
     def __call__(self, x: Array) -> Array:
-        return x + self.conv2(jax.nn.relu(self.conv1(jax.nn.relu(x))))
+        return block_output(x + self.conv2(jax.nn.relu(self.conv1(jax.nn.relu(x)))))
 
 
 class SubPixelUpsample(nnx.Module):

@@ -37,8 +37,8 @@ def uniformity_penalty(distances: Array, temperature: float) -> Array:
     spread = farthest - nearest + 1e-4 * jnp.abs(farthest) + 1e-12  # rounding makes a spread where all are equal
     assignment = jax.nn.softmax(-(distances - sg(nearest)) / (temperature * sg(spread)), axis=-1)
     usage = jnp.mean(assignment, axis=0)  # [K]
-    entropy = -jnp.sum(usage * jnp.log(jnp.maximum(usage, 1e-30)))
-    return jnp.log(jnp.float32(distances.shape[-1])) - entropy
+    # The divergence from uniform; as log K less the entropy it would be the small difference of two large numbers.
+    return jnp.sum(usage * jnp.log(jnp.maximum(usage * distances.shape[-1], 1e-30)))
 
 
 def orthogonality_loss(codes: Array) -> Array:

@@ -20,7 +20,7 @@ from vgpt_jax.sampling.parallel import group_sizes
 from vgpt_jax.sampling.program import LEAST, Batch, Plan, Score, draw_pictures
 from vgpt_jax.sampling.request import MAX_BATCH, Drawing, bucket
 from vgpt_jax.training.saved_model import load_model
-from vgpt_jax.training.sharding import place_on, split_over
+from vgpt_jax.training.sharding import num_shards, on_every_host, place_on, replicated, split_over
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,9 @@ class CondVisualGPT:
         directory = Path(directory)
         if not directory.is_dir():
             raise UserError(f"there is no folder {directory}: give the workdir of a finished training")
-        tokenizer, of_tokenizer = load_model(directory / "tokenizer" / "model", "tokenizer")
-        gpt, of_gpt = load_model(directory / "generator" / "model", "gpt")
+        where = None if mesh is None else replicated(mesh)
+        tokenizer, of_tokenizer = load_model(directory / "tokenizer" / "model", "tokenizer", where)
+        gpt, of_gpt = load_model(directory / "generator" / "model", "gpt", where)
         if of_gpt["tokenizer_fingerprint"] != of_tokenizer["fingerprint"]:
             raise UserError(
                 f"the generator in {directory} was trained on the ids of tokenizer {of_gpt['tokenizer_fingerprint']}, "
@@ -222,7 +223,7 @@ class CondVisualGPT:
 
     def _best_of(self, labels, indices, accept_n, drawing, score, given) -> Samples:
         """One program's worth: the best of ``accept_n`` candidates for each label, from numbers ``indices`` on."""
-        devices = 1 if self.mesh is None else self.mesh.size
+        devices = 1 if self.mesh is None else num_shards(self.mesh)
         count, num_kept = len(labels) * accept_n, bucket(len(labels))
         padding = (0, bucket(count, devices) - count)
         if accept_n == 1:
@@ -257,7 +258,7 @@ class CondVisualGPT:
             score=None if is_module else score,
             plan=plan,
         )
-        kept = {name: np.asarray(value) for name, value in drawn.items()}
+        kept = on_every_host(drawn)
         scores = kept.get("scores")
         chosen = kept["chosen"][: len(labels)]
         return Samples(
@@ -286,7 +287,7 @@ class CondVisualGPT:
                 f"tokenizer's are {wanted} and {tuple(tokenizer.grid)}"
             )
         low, high = self.value_range
-        token_ids = np.asarray(encode(*nnx.split(tokenizer), completion.image[None] * (high - low) + low))[0]
+        token_ids = on_every_host(encode(*nnx.split(tokenizer), completion.image[None] * (high - low) + low))[0]
         kept = completion.kept.reshape(completion.kept.shape + (1,) * (len(shape) - 2))
         return token_ids.ravel(), np.broadcast_to(kept, shape).ravel()
 

@@ -15,32 +15,47 @@ from vgpt_jax.errors import check_range
 from vgpt_jax.evaluation.runner import Evaluation, mean_over, summed
 from vgpt_jax.losses import cross_entropy
 from vgpt_jax.models.classifier import ConvClassifier
-from vgpt_jax.training.from_config import classifier_arguments
+from vgpt_jax.training.from_config import check_training, classifier_arguments
 from vgpt_jax.training.optimizer import make_optimizer
+from vgpt_jax.training.remat import economical, in_parts
 from vgpt_jax.training.saved_model import save_model
-from vgpt_jax.training.sharding import check_batch_size
-from vgpt_jax.training.stage import Stage
+from vgpt_jax.training.sharding import local_rows, of_batches
+from vgpt_jax.training.stage import Program, Stage
 from vgpt_jax.training.state import (
     TrainState,
     apply_gradients,
-    create_replicated_state,
+    compiled_step,
+    create_state,
     merge_model,
+    planned_state,
     skip_counts,
     skip_if_not_finite,
     start_from,
 )
 
 
-def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, label_smoothing: float):
-    """The pure step; the batch has ``image`` ``[B, H, W, 3]`` in the value range and ``label`` ``[B]``."""
+def make_train_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    *,
+    label_smoothing: float,
+    remat: str = "none",
+    accumulate: int = 1,
+):
+    """The pure step ``(state, batch, frozen) -> (state, metrics)``; the batch has ``image`` ``[B, H, W, 3]`` in the value range
+    and ``label`` ``[B]``, ``frozen`` is None. ``remat`` and ``accumulate`` are those of the generator's step."""
 
-    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        def loss(params):
-            logits = nnx.merge(graph, params, state.buffers)(batch["image"], state.step_key())
-            return jnp.mean(cross_entropy(logits, batch["label"], label_smoothing)), logits
+    def train_step(state: TrainState, batch: dict, frozen: None = None) -> tuple[TrainState, dict]:
+        def of_part(part: dict, key: jax.Array):
+            def loss(params):
+                logits = nnx.merge(graph, params, state.buffers)(part["image"], key)
+                return jnp.mean(cross_entropy(logits, part["label"], label_smoothing)), logits
 
-        (value, logits), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
-        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == batch["label"])
+            (value, logits), gradients = jax.value_and_grad(economical(loss, remat, mesh), has_aux=True)(state.params)
+            return (value, jnp.mean(jnp.argmax(logits, axis=-1) == part["label"]), gradients), ()
+
+        (value, accuracy, gradients), _ = in_parts(of_part, batch, state.step_key(), accumulate, mesh)
         norm = optax.tree.norm(gradients)
         state = skip_if_not_finite(state, apply_gradients(state, gradients, optimizer), value, norm)
         metrics = {"cross_entropy": value, "accuracy": accuracy, "gradient_norm": norm}
@@ -63,12 +78,33 @@ def plan(config, mesh: Mesh, num_classes: int, workdir: Path) -> tuple[dict[str,
       UserError: the config is not sound; the message names the field.
     """
     training = config.classifier_training
-    check_batch_size(mesh, training.batch_size, "classifier_training.batch_size")
+    check_training(mesh, "classifier_training", config)
     check_range("classifier_training.label_smoothing", training.label_smoothing, least=0, most=0.99)
     arguments = classifier_arguments(config, num_classes)
     images = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, 3), jnp.float32)
     nnx.eval_shape(lambda x: ConvClassifier(**arguments, rngs=nnx.Rngs(0))(x), images)
     return arguments, make_optimizer(num_steps=training.num_steps, **training.optimizer)
+
+
+def program(config, mesh: Mesh, num_classes: int, workdir: Path) -> Program:
+    """What the classifier's stage computes.
+
+    Raises:
+      UserError: as `plan`.
+    """
+    training = config.classifier_training
+    arguments, optimizer = plan(config, mesh, num_classes, workdir)
+    make_model = lambda: ConvClassifier(**arguments, rngs=nnx.Rngs(config.seed))  # noqa: E731
+    graph, _ = nnx.split(nnx.eval_shape(make_model))
+    state, create = planned_state(lambda: create_state(make_model(), optimizer, config.seed)[1], mesh)
+    options = {name: training[name] for name in ("label_smoothing", "remat", "accumulate")}
+    step = compiled_step(make_train_step(graph, optimizer, mesh, **options), state, mesh)
+    size, over = config.data.image_size, of_batches(mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((training.batch_size, size, size, 3), jnp.float32, sharding=over),
+        "label": jax.ShapeDtypeStruct((training.batch_size,), jnp.int32, sharding=over),
+    }
+    return Program(arguments, graph, state, None, batch, {0: step}, create)
 
 
 def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
@@ -79,15 +115,12 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
     """
     training = config.classifier_training
     train_source, held_out = sources
-    arguments, optimizer = plan(config, mesh, len(train_source.class_names), workdir)
-    transform = make_transform(config.data)
-    graph, state = create_replicated_state(
-        lambda rngs: ConvClassifier(**arguments, rngs=rngs), optimizer, config.seed, mesh
-    )
+    planned = program(config, mesh, len(train_source.class_names), workdir)
+    graph, transform, rows = planned.graph, make_transform(config.data), local_rows(mesh, training.batch_size)
     eval_sums = summed(lambda state, batch: held_out_metrics(merge_model(graph, state), batch))
 
     def evaluate(state: TrainState) -> Evaluation:
-        batches = evaluation_batches(held_out, transform.evaluate, batch_size=training.batch_size)
+        batches = evaluation_batches(held_out, transform.evaluate, batch_size=training.batch_size, rows=rows)
         means = mean_over(eval_sums, state, batches, mesh)
         return Evaluation({name: float(value) for name, value in means.items()})
 
@@ -96,19 +129,24 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
             workdir / "classifier" / "model",
             "classifier",
             merge_model(graph, state),
-            arguments,
+            planned.arguments,
             class_names=list(train_source.class_names),
             steps=int(state.step),
         )
 
     return Stage(
         name="classifier",
-        state=state,
+        state=planned.create(),
         start=lambda state: start_from(state, training.init_from, "classifier", mesh),
         identity={"data": train_source.identity},
-        train_steps={0: jax.jit(make_train_step(graph, optimizer, training.label_smoothing), donate_argnums=0)},
-        batches=training_batches(train_source, transform.train, batch_size=training.batch_size, seed=config.seed),
+        train_steps=planned.train_steps,
+        frozen=None,
+        batches=training_batches(
+            train_source, transform.train, batch_size=training.batch_size, seed=config.seed, rows=rows
+        ),
+        batch_size=training.batch_size,
         num_steps=training.num_steps,
         evaluate=evaluate,
+        best=("cross_entropy", "least"),
         finish=finish,
     )

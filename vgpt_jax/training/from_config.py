@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
+from jax.sharding import Mesh
 
-from vgpt_jax.errors import UserError, choose
+from vgpt_jax.errors import UserError, check_range, choose
 from vgpt_jax.models.gpt import SIZES
 from vgpt_jax.models.layers import DTYPES
 from vgpt_jax.models.patchgan import PatchGAN
 from vgpt_jax.models.stylegan_discriminator import StyleGANDiscriminator
 from vgpt_jax.models.tokenizer import ARCHITECTURES, Tokenizer
 from vgpt_jax.quantizers import QUANTIZERS
-from vgpt_jax.training.saved_model import read_metadata
+from vgpt_jax.training.remat import POLICIES
+from vgpt_jax.training.saved_model import abstract_model, read_metadata
+from vgpt_jax.training.sharding import check_batch_size
 
 DISCRIMINATORS = {"patchgan": PatchGAN, "stylegan_discriminator": StyleGANDiscriminator}
 
@@ -23,6 +26,20 @@ OF_TRAINING = {"dtype", "dropout", "drop_path", "commitment_weight", "codebook_w
 }
 """Arguments that change neither the shapes nor what a trained model computes: the config's count also where a model starts
 from a trained one."""
+
+
+MODEL_FROM = ("last", "best")
+
+
+def check_training(mesh: Mesh, name: str, config: Any) -> None:
+    """Raises `UserError` where what all ``*_training`` sections have is not sound, on this mesh."""
+    training = config[name]
+    check_range(f"{name}.accumulate", training.accumulate, least=1)
+    check_batch_size(mesh, training.batch_size, f"{name}.batch_size", training.accumulate)
+    choose(f"{name}.remat", training.remat, POLICIES)
+    choose(f"{name}.model_from", training.model_from, dict.fromkeys(MODEL_FROM))
+    if training.model_from == "best" and config.logging.keep_best < 1:
+        raise UserError(f'{name}.model_from is "best", but logging.keep_best is {config.logging.keep_best}: keep at least 1')
 
 
 def tokenizer_arguments(config) -> dict[str, Any]:
@@ -142,7 +159,7 @@ def trained_tokenizer(config, workdir: Path) -> Tokenizer:
             f"--config.data.image_size={there}"
         )
     check_value_range(config, metadata, workdir)
-    return nnx.eval_shape(lambda: Tokenizer(**metadata["arguments"], rngs=nnx.Rngs(0)))
+    return abstract_model(directory, metadata)
 
 
 def gpt_arguments(config, tokenizer: Tokenizer, num_classes: int) -> dict[str, Any]:

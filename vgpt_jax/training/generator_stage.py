@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from vgpt_jax.data.datasets import make_views
 from vgpt_jax.data.loader import evaluation_batches, training_batches
@@ -26,16 +25,20 @@ from vgpt_jax.models.tokenizer import Tokenizer
 from vgpt_jax.sampling.class_names import class_key, shown_name
 from vgpt_jax.sampling.cond_visual_gpt import CondVisualGPT, Samples
 from vgpt_jax.sampling.request import Drawing
-from vgpt_jax.training.from_config import gpt_arguments, trained_tokenizer
+from vgpt_jax.training.from_config import check_training, gpt_arguments, trained_tokenizer
 from vgpt_jax.training.optimizer import make_optimizer
+from vgpt_jax.training.processes import together
+from vgpt_jax.training.remat import economical, in_parts
 from vgpt_jax.training.saved_model import load_model, save_model
-from vgpt_jax.training.sharding import DATA_AXIS, check_batch_size, replicate, replicated, split_over
-from vgpt_jax.training.stage import Stage
+from vgpt_jax.training.sharding import local_rows, make_mesh, of_batches, replicated
+from vgpt_jax.training.stage import Program, Stage
 from vgpt_jax.training.state import (
     TrainState,
     apply_gradients,
     averaged_model,
-    create_replicated_state,
+    compiled_step,
+    create_state,
+    planned_state,
     skip_counts,
     skip_if_not_finite,
     start_from,
@@ -54,30 +57,41 @@ RandomShare = Callable[[jax.Array], jax.Array]
 def make_train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    *,
     ema_decay: float = 0.0,
     random_share: RandomShare | None = None,
+    remat: str = "none",
+    accumulate: int = 1,
 ):
-    """The pure step; the batch has ``token_ids`` ``[B, N]`` and ``label`` ``[B]``. The loss is over image tokens only.
+    """The pure step ``(state, batch, frozen) -> (state, metrics)``; the batch has ``token_ids`` ``[B, N]`` and ``label`` ``[B]``,
+    ``frozen`` is None. The loss is over image tokens only.
 
     Args:
       graph: of the GPT.
       optimizer: of its parameters.
+      mesh: devices; None: the parameters are whole on every device.
       ema_decay: of the averaged parameters; 0: there are none.
       random_share: for generators of random order (RAR, arXiv 2411.00776); None: raster order.
+      remat: what is kept for the backward pass, a name in `remat.POLICIES`.
+      accumulate: parts of a batch that are computed one after the other.
     """
 
-    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        dropout_key, order_key = jax.random.split(state.step_key())
-        orders = None
-        if random_share is not None:
-            orders = draw_orders(order_key, batch["token_ids"].shape, random_share(state.step))
+    def train_step(state: TrainState, batch: dict, frozen: None = None) -> tuple[TrainState, dict]:
+        def of_part(part: dict, key: jax.Array):
+            dropout_key, order_key = jax.random.split(key)
+            orders = None
+            if random_share is not None:
+                orders = draw_orders(order_key, part["token_ids"].shape, random_share(state.step))
 
-        def loss(params):
-            gpt = nnx.merge(graph, params, state.buffers)
-            conditions = gpt.condition_ids(batch["label"], len(batch["label"]))
-            return jnp.mean(token_losses(gpt, conditions, batch["token_ids"], dropout_key, orders))
+            def loss(params):
+                gpt = nnx.merge(graph, params, state.buffers)
+                conditions = gpt.condition_ids(part["label"], len(part["label"]))
+                return jnp.mean(token_losses(gpt, conditions, part["token_ids"], dropout_key, orders))
 
-        value, gradients = jax.value_and_grad(loss)(state.params)
+            return jax.value_and_grad(economical(loss, remat, mesh))(state.params), ()
+
+        (value, gradients), _ = in_parts(of_part, batch, state.step_key(), accumulate, mesh)
         norm = optax.tree.norm(gradients)
         after = apply_gradients(state, gradients, optimizer)
         if ema_decay:
@@ -143,12 +157,13 @@ def token_sources(
     """
     directory = workdir / "token_cache"
     graph, state = nnx.split(tokenizer)
-    mine = jax.make_mesh((jax.local_device_count(),), (DATA_AXIS,), (AxisType.Auto,), devices=jax.local_devices())
-    state = replicate(mine, jax.device_get(state))
+    mine = make_mesh(devices=jax.local_devices())
+    state = jax.device_put(jax.device_get(state), replicated(mine))
     encode = jax.jit(lambda state, images: nnx.merge(graph, state).encode(images))
-    write_token_cache(
+    write = partial(
+        write_token_cache,
         directory,
-        lambda images: encode(state, split_over(mine, images)),
+        lambda images: encode(state, jax.device_put(images, of_batches(mine))),
         sources,
         make_views(config.data, config.seed),
         batch_size=ENCODE_BATCH * mine.size,
@@ -158,8 +173,7 @@ def token_sources(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("token cache")
+    together(write)
     return read_token_cache(directory, fingerprint=fingerprint)
 
 
@@ -181,7 +195,7 @@ def plan(config, mesh: Mesh, num_classes: int, workdir: Path) -> tuple[dict[str,
       UserError: the config is not sound; the message names the field.
     """
     training = config.generator_training
-    check_batch_size(mesh, training.batch_size, "generator_training.batch_size")
+    check_training(mesh, "generator_training", config)
     check_range("generator_training.random_until", training.random_until, least=0, most=1)
     check_range("generator_training.raster_from", training.raster_from, least=training.random_until, most=1)
     check_range("generator_training.ema_decay", training.ema_decay, least=0, most=0.999999)
@@ -230,6 +244,33 @@ def phases(config) -> dict[int, RandomShare | None]:
     return random | ({raster: None} if raster < training.num_steps else {})
 
 
+def program(config, mesh: Mesh, num_classes: int, workdir: Path) -> Program:
+    """What the generator's stage computes.
+
+    Raises:
+      UserError: as `plan`.
+    """
+    training = config.generator_training
+    arguments, optimizer = plan(config, mesh, num_classes, workdir)
+    make_model = lambda: GPT(**arguments, rngs=nnx.Rngs(config.seed))  # noqa: E731
+    graph, _ = nnx.split(nnx.eval_shape(make_model))
+    averaged = training.ema_decay > 0
+    state, create = planned_state(
+        lambda: create_state(make_model(), optimizer, config.seed, averaged=averaged)[1], mesh
+    )
+    options = {"ema_decay": training.ema_decay, "remat": training.remat, "accumulate": training.accumulate}
+    steps = {
+        first: compiled_step(make_train_step(graph, optimizer, mesh, random_share=random_share, **options), state, mesh)
+        for first, random_share in phases(config).items()
+    }
+    size, over = training.batch_size, of_batches(mesh)
+    batch = {
+        "token_ids": jax.ShapeDtypeStruct((size, arguments["num_tokens"]), np.int32, sharding=over),
+        "label": jax.ShapeDtypeStruct((size,), np.int32, sharding=over),
+    }
+    return Program(arguments, graph, state, None, batch, steps, create)
+
+
 def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
     """The generator's stage, on the tokens of a training and a held-out source.
 
@@ -237,19 +278,17 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
       UserError: as `plan`; or there is no tokenizer, or it does not fit the config or the token cache.
     """
     training = config.generator_training
-    arguments, optimizer = plan(config, mesh, len(sources[0].class_names), workdir)
+    planned = program(config, mesh, len(sources[0].class_names), workdir)
+    graph, arguments = planned.graph, planned.arguments
     tokenizer, of_tokenizer = load_model(workdir / "tokenizer" / "model", "tokenizer", replicated(mesh))
     train_tokens, held_out = token_sources(config, tokenizer, of_tokenizer["fingerprint"], workdir, sources)
     unigram = unigram_nats(train_tokens, tokenizer.num_codes)
-
-    graph, state = create_replicated_state(
-        lambda rngs: GPT(**arguments, rngs=rngs), optimizer, config.seed, mesh, averaged=training.ema_decay > 0
-    )
+    rows = local_rows(mesh, training.batch_size)
     eval_sums = summed(lambda state, batch: held_out_metrics(averaged_model(graph, state), batch))
     shown = [shown_name(name) for name in train_tokens.class_names[:MAX_CLASSES_SHOWN]]
 
     def evaluate(state: TrainState) -> Evaluation:
-        batches = evaluation_batches(held_out, lambda example: example, batch_size=training.batch_size)
+        batches = evaluation_batches(held_out, lambda example: example, batch_size=training.batch_size, rows=rows)
         means = {name: float(value) for name, value in mean_over(eval_sums, state, batches, mesh).items()}
         model = CondVisualGPT(
             tokenizer,
@@ -279,19 +318,19 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
 
     return Stage(
         name="generator",
-        state=state,
+        state=planned.create(),
         start=lambda state: start_from(
             state, training.init_from, "gpt", mesh, partial(known_classes, train_tokens.class_names)
         ),
         identity={"data": train_tokens.identity, "tokenizer": of_tokenizer["fingerprint"]},
-        train_steps={
-            first: jax.jit(make_train_step(graph, optimizer, training.ema_decay, random_share), donate_argnums=0)
-            for first, random_share in phases(config).items()
-        },
+        train_steps=planned.train_steps,
+        frozen=None,
         batches=training_batches(
-            train_tokens, lambda example, _: example, batch_size=training.batch_size, seed=config.seed
+            train_tokens, lambda example, _: example, batch_size=training.batch_size, seed=config.seed, rows=rows
         ),
+        batch_size=training.batch_size,
         num_steps=training.num_steps,
         evaluate=evaluate,
+        best=("nats_per_token", "least"),
         finish=finish,
     )

@@ -12,12 +12,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from vgpt_jax.errors import UserError
@@ -28,6 +27,8 @@ from vgpt_jax.models.inception import InceptionV3
 from vgpt_jax.models.tokenizer import Tokenizer
 from vgpt_jax.models.vgg16 import VGG16
 from vgpt_jax.models.vit import ViT
+from vgpt_jax.training.processes import first_does, together
+from vgpt_jax.training.sharding import on_every_host
 
 FORMAT_VERSION = 1
 KINDS = {
@@ -71,26 +72,35 @@ def save_model(
     }
     directory = Path(directory).absolute()
     unfinished = directory.with_name(directory.name + ".unfinished")
-    if jax.process_index() == 0 and unfinished.exists():
-        shutil.rmtree(unfinished)
-    try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=_room_for(state))) as checkpointer:
-            checkpointer.save(unfinished / "weights", args=ocp.args.StandardSave(state))
-    except OSError:
-        raise
-    except Exception as error:  # of tensorstore, which has its own for what the system refuses
-        for _ in range(3):  # and which may for a moment still be writing
-            time.sleep(0.1)
-            shutil.rmtree(unfinished, ignore_errors=True)
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code is None:
-            raise OSError(str(error)) from error
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-    if jax.process_index() == 0:
+
+    def clear() -> None:
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+
+    def write() -> None:
+        try:
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler(save_concurrent_gb=_room_for(state))) as checkpointer:
+                checkpointer.save(unfinished / "weights", args=ocp.args.StandardSave(state))
+        except OSError:
+            raise
+        except Exception as error:  # of tensorstore, which has its own for what the system refuses
+            for _ in range(3):  # and which may for a moment still be writing
+                time.sleep(0.1)
+                shutil.rmtree(unfinished, ignore_errors=True)
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            if code is None:
+                raise OSError(str(error)) from error
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+    def put_in_place() -> None:
         (unfinished / "metadata.json").write_text(json.dumps(written, indent=2) + "\n")
         if directory.exists():
             shutil.rmtree(directory)
         unfinished.rename(directory)
+
+    first_does(clear)
+    together(write)
+    first_does(put_in_place)
     return written
 
 
@@ -151,14 +161,16 @@ def abstract_model(directory: Path, metadata: dict[str, Any]) -> nnx.Module:
 
 
 def load_model(
-    directory: Path, kind: str | Sequence[str], sharding: jax.sharding.Sharding | None = None
+    directory: Path,
+    kind: str | Sequence[str],
+    sharding: jax.sharding.Sharding | Callable[[Any], Any] | None = None,
 ) -> tuple[nnx.Module, dict[str, Any]]:
     """Reads a model back: the module with its weights, and its metadata.
 
     Args:
       directory: where `save_model` wrote.
       kind: a key of `KINDS`, or several that it may be.
-      sharding: of all weights. None: on the first device.
+      sharding: of all weights, or what makes a tree of them of the tree of weights. None: on the first device.
 
     Raises:
       UserError: as `read_metadata`, or the weights cannot be read or do not fit.
@@ -168,9 +180,9 @@ def load_model(
     metadata = read_metadata(directory, kind)
     graph, state = nnx.split(abstract_model(directory, metadata))
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), nnx.to_pure_dict(state)
-    )
+    weights = nnx.to_pure_dict(state)
+    shardings = sharding(weights) if callable(sharding) else jax.tree.map(lambda _: sharding, weights)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), weights, shardings)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             weights = checkpointer.restore(Path(directory).absolute() / "weights", abstract)
@@ -186,5 +198,5 @@ def fingerprint(arguments: dict[str, Any], state: Any) -> str:
     digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode())
     for path, value in jax.tree.leaves_with_path(state):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(value).tobytes())
+        digest.update(on_every_host(value).tobytes())
     return digest.hexdigest()[:16]

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from vgpt_jax.errors import UserError
 from vgpt_jax.training.saved_model import load_model
-from vgpt_jax.training.sharding import replicated
+from vgpt_jax.training.sharding import of_state, put, replicated
 
 
 @struct.dataclass
@@ -110,7 +110,29 @@ def averaged_model(graph: nnx.GraphDef, state: TrainState) -> nnx.Module:
     return nnx.merge(graph, state.params if state.averages is None else state.averages, state.buffers, copy=True)
 
 
-def create_replicated_state(
+def planned_state(make: Callable[[], TrainState], mesh: Mesh) -> tuple[TrainState, Callable[[], TrainState]]:
+    """A state as it will be on the mesh, whose devices need not be here, and what makes it there.
+
+    Args:
+      make: makes the state of step 0; traced.
+      mesh: devices.
+
+    Returns:
+      The state's shapes with their shardings; and a function that gives the state itself.
+    """
+    shapes = jax.eval_shape(make)
+    shardings = of_state(mesh, shapes)
+    return abstract(shapes, shardings), jax.jit(make, out_shardings=shardings)
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """Arrays or shapes as shapes with shardings, one or a tree of them."""
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def create_sharded_state(
     build: Callable[[nnx.Rngs], nnx.Module],
     optimizer: optax.GradientTransformation,
     seed: int,
@@ -118,13 +140,22 @@ def create_replicated_state(
     *,
     averaged: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """`create_state` of ``build(rngs)``, compiled, with a copy on every device of the mesh."""
+    """`create_state` of ``build(rngs)``, made on the mesh."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(seed))))
-    create = jax.jit(
-        lambda: create_state(build(nnx.Rngs(seed)), optimizer, seed, averaged=averaged)[1],
-        out_shardings=replicated(mesh),
-    )
-    return graph, create()
+    make = lambda: create_state(build(nnx.Rngs(seed)), optimizer, seed, averaged=averaged)[1]  # noqa: E731
+    return graph, planned_state(make, mesh)[1]()
+
+
+def compiled_step(step: Callable, state: TrainState, mesh: Mesh) -> Callable:
+    """A pure step, jitted: it donates its state and leaves the next one where it was; metrics are on every device.
+
+    Args:
+      step: ``(state, batch, frozen) -> (state, metrics)``.
+      state: with shardings, abstract or not.
+      mesh: devices.
+    """
+    of_next = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(of_next, replicated(mesh)))
 
 
 def start_from(
@@ -148,7 +179,7 @@ def start_from(
     """
     if not directory:
         return state
-    model, metadata = load_model(Path(directory), kind, replicated(mesh))
+    model, metadata = load_model(Path(directory), kind, lambda weights: of_state(mesh, weights))
     _, params, buffers = nnx.split(model, nnx.Param, ...)
     if adapt is not None:
         params = adapt(params, state.params, metadata)
@@ -159,6 +190,10 @@ def start_from(
         other = [name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)]
         if other:
             raise UserError(f"init_from {directory} holds a {kind} with other shapes: {', '.join(other[:5])}")
+    params, buffers = (
+        put(tree, jax.tree.map(lambda x: x.sharding, mine))
+        for tree, mine in ((params, state.params), (buffers, state.buffers))
+    )
     averages = None if state.averages is None else jax.tree.map(jnp.copy, params)
     return state.replace(params=params, buffers=buffers, averages=averages)
 

@@ -24,14 +24,23 @@ from vgpt_jax.training.diff_augment import POLICIES
 from vgpt_jax.training.from_config import (
     DISCRIMINATORS,
     abstract_tokenizer,
+    check_training,
     discriminator_arguments,
     tokenizer_arguments,
 )
 from vgpt_jax.training.optimizer import make_optimizer
 from vgpt_jax.training.saved_model import save_model
-from vgpt_jax.training.sharding import check_batch_size, replicate
-from vgpt_jax.training.stage import Stage, TrainStep
-from vgpt_jax.training.state import averaged_model, create_replicated_state, merge_model, start_from
+from vgpt_jax.training.sharding import local_rows, of_batches, replicate, replicated
+from vgpt_jax.training.stage import Program, Stage
+from vgpt_jax.training.state import (
+    abstract,
+    averaged_model,
+    compiled_step,
+    create_state,
+    merge_model,
+    planned_state,
+    start_from,
+)
 from vgpt_jax.training.tokenizer_step import Adversary, DiscriminatorState, Recipe, TokenizerState, make_train_step
 from vgpt_jax.visualization.grid import enlarge, pairs_grid, scale_for
 
@@ -116,14 +125,14 @@ def plan(config, mesh: Mesh, num_classes: int, workdir: Path) -> tuple[dict[str,
       UserError: the config is not sound; the message names the field. Nothing else is to be found out in training.
     """
     training = config.tokenizer_training
-    check_batch_size(mesh, training.batch_size, "tokenizer_training.batch_size")
+    check_training(mesh, "tokenizer_training", config)
     choose("tokenizer_training.reconstruction", training.reconstruction, RECONSTRUCTION_LOSSES)
     check_range("data.image_size", config.data.image_size, least=SSIM_WINDOW)
     check_range("tokenizer_training.ema_decay", training.ema_decay, least=0, most=0.999999)
     check_range("perceptual.weight", config.perceptual.weight, least=0)
     choose("perceptual.name", config.perceptual.name, PERCEPTUAL | {"none": None})
-    if config.perceptual.vgg_file and not Path(config.perceptual.vgg_file).expanduser().is_file():
-        raise UserError(f"perceptual.vgg_file is {config.perceptual.vgg_file!r}, but there is no such file")
+    if config.perceptual.vgg_file and not Path(config.perceptual.vgg_file).expanduser().exists():
+        raise UserError(f"perceptual.vgg_file is {config.perceptual.vgg_file!r}, but there is no such file or folder")
     plan_adversary(config)
     warm_up = abstract_tokenizer(config).quantizer.pretrain_steps
     if warm_up >= training.num_steps and not training.init_from:
@@ -134,35 +143,69 @@ def plan(config, mesh: Mesh, num_classes: int, workdir: Path) -> tuple[dict[str,
     return tokenizer_arguments(config), make_optimizer(num_steps=training.num_steps, **training.optimizer)
 
 
+def program(config, mesh: Mesh, num_classes: int, workdir: Path) -> Program:
+    """What the tokenizer's stage computes.
+
+    Raises:
+      UserError: as `plan`.
+    """
+    training, names = config.tokenizer_training, config.perceptual
+    arguments, optimizer = plan(config, mesh, num_classes, workdir)
+    make_model = lambda: Tokenizer(**arguments, rngs=nnx.Rngs(config.seed))  # noqa: E731
+    graph, _ = nnx.split(nnx.eval_shape(make_model))
+    perceptual, frozen = None, None
+    if names.name != "none":
+        distance = lambda: PERCEPTUAL[names.name](value_range=config.data.value_range, rngs=nnx.Rngs(0))  # noqa: E731
+        perceptual, frozen = nnx.split(nnx.eval_shape(distance))
+        frozen = abstract(frozen, replicated(mesh))
+    recipe = Recipe(
+        graph,
+        optimizer,
+        training.reconstruction,
+        perceptual,
+        names.weight,
+        training.ema_decay,
+        training.remat,
+        training.accumulate,
+        mesh,
+    )
+    steps, planned = {0: make_train_step(recipe)}, plan_adversary(config)
+    if planned:
+        steps[planned[2]] = make_train_step(recipe, planned[1])
+
+    def make() -> TokenizerState:
+        state = create_state(make_model(), optimizer, config.seed, averaged=training.ema_decay > 0)[1]
+        discriminator = None
+        if planned:
+            module = DISCRIMINATORS[config.adversarial.discriminator](**planned[0], rngs=nnx.Rngs(config.seed + 1))
+            discriminator = DiscriminatorState.of(create_state(module, planned[1].optimizer, config.seed + 1)[1])
+        return TokenizerState(**vars(state), discriminator=discriminator)
+
+    state, create = planned_state(make, mesh)
+    size = config.data.image_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((training.batch_size, size, size, 3), np.float32, sharding=of_batches(mesh)),
+        "label": jax.ShapeDtypeStruct((training.batch_size,), np.int32, sharding=of_batches(mesh)),
+    }
+    compiled = {first: compiled_step(step, state, mesh) for first, step in steps.items()}
+    return Program(arguments, graph, state, frozen, batch, compiled, create)
+
+
 def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
     """The tokenizer's stage, on a training and a held-out source.
 
     Raises:
       UserError: as `plan`.
     """
-    training = config.tokenizer_training
+    training, named = config.tokenizer_training, config.perceptual
     train_source, held_out = sources
-    arguments, optimizer = plan(config, mesh, len(train_source.class_names), workdir)
-    transform = make_transform(config.data)
-    graph, state = create_replicated_state(
-        lambda rngs: Tokenizer(**arguments, rngs=rngs), optimizer, config.seed, mesh, averaged=training.ema_decay > 0
-    )
-    perceptual, frozen = None, None
-    if config.perceptual.name != "none":
-        module = load_perceptual(config.perceptual.name, config.data.value_range, vgg_file=config.perceptual.vgg_file)
-        perceptual, frozen = nnx.split(module)
-        frozen = replicate(mesh, frozen)
-    recipe = Recipe(graph, optimizer, training.reconstruction, perceptual, config.perceptual.weight, training.ema_decay)
-    discriminator, train_steps = None, {0: make_train_step(recipe)}
-    if planned := plan_adversary(config):
-        discriminator_args, adversary, first = planned
-        make = DISCRIMINATORS[config.adversarial.discriminator]
-        _, fresh = create_replicated_state(
-            lambda rngs: make(**discriminator_args, rngs=rngs), adversary.optimizer, config.seed + 1, mesh
-        )
-        discriminator = replicate(mesh, DiscriminatorState.of(fresh))
-        train_steps[first] = make_train_step(recipe, adversary)
-    state = TokenizerState(**vars(state), discriminator=discriminator)
+    planned = program(config, mesh, len(train_source.class_names), workdir)
+    graph, arguments, transform = planned.graph, planned.arguments, make_transform(config.data)
+    frozen = None
+    if named.name != "none":
+        distance = load_perceptual(named.name, config.data.value_range, vgg_file=named.vgg_file)
+        frozen = replicate(mesh, nnx.state(distance))
+    rows = local_rows(mesh, training.batch_size)
 
     metric_graph, metric_state = nnx.split(perceptual_metrics(config))
     metric_state = replicate(mesh, metric_state)
@@ -171,10 +214,12 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
             averaged_model(graph, states[0]), batch, config.data.value_range, nnx.merge(metric_graph, states[1])
         )
     )
-    reconstruct = jax.jit(lambda state, images: averaged_model(graph, state)(images).reconstruction)
+    reconstruct = jax.jit(
+        lambda state, images: averaged_model(graph, state)(images).reconstruction, out_shardings=replicated(mesh)
+    )
 
     def evaluate(state: TokenizerState) -> Evaluation:
-        batches = evaluation_batches(held_out, transform.evaluate, batch_size=training.batch_size)
+        batches = evaluation_batches(held_out, transform.evaluate, batch_size=training.batch_size, rows=rows)
         means = mean_over(eval_sums, (state, metric_state), batches, mesh)
         counts = means.pop("counts")
         scalars = {name: float(value) for name, value in means.items()}
@@ -196,21 +241,20 @@ def build(config, mesh: Mesh, workdir: Path, sources: tuple[Any, Any]) -> Stage:
 
     return Stage(
         name="tokenizer",
-        state=state,
+        state=planned.create(),
         start=lambda state: start_from(state, training.init_from, "tokenizer", mesh),
         identity={"data": train_source.identity},
-        train_steps={first: compiled(step, frozen) for first, step in train_steps.items()},
-        batches=training_batches(train_source, transform.train, batch_size=training.batch_size, seed=config.seed),
+        train_steps=planned.train_steps,
+        frozen=frozen,
+        batches=training_batches(
+            train_source, transform.train, batch_size=training.batch_size, seed=config.seed, rows=rows
+        ),
+        batch_size=training.batch_size,
         num_steps=training.num_steps,
         evaluate=evaluate,
+        best=("psnr", "greatest"),
         finish=finish,
     )
-
-
-def compiled(step: Callable, frozen: nnx.State | None) -> TrainStep:
-    """A step as the loop calls it; the frozen weights are an argument of the program, or it would hold them as constants."""
-    program = jax.jit(step, donate_argnums=0)
-    return lambda state, batch: program(state, batch, frozen)
 
 
 def reconstructions(held_out: Any, transform: ImageTransform, reconstruct: Callable[[np.ndarray], Any]) -> np.ndarray:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 from jax import Array
+from jax.sharding import Mesh
 
 from vgpt_jax.losses import (
     ADVERSARIAL_LOSSES,
@@ -24,7 +25,9 @@ from vgpt_jax.losses import (
     r1_penalty,
 )
 from vgpt_jax.models.tokenizer import Tokenizer
+from vgpt_jax.quantizers.output import QuantizerOutput
 from vgpt_jax.training.diff_augment import diff_augment
+from vgpt_jax.training.remat import economical, in_parts
 from vgpt_jax.training.state import (
     TrainState,
     apply_gradients,
@@ -76,6 +79,10 @@ class Recipe:
       perceptual: graph of a perceptual distance (`models.perceptual`), whose frozen weights the step is given; or None.
       perceptual_weight: of the mean distance.
       ema_decay: of the averaged parameters; 0: there are none.
+      remat: what is kept of the autoencoder's forward pass for the backward pass, a name in `remat.POLICIES`.
+      accumulate: parts of a batch that are computed one after the other, each with an adaptive weight, and a batch norm of the
+        discriminator, of its own; codebook surgery sees the whole batch.
+      mesh: devices; None: the parameters are whole on every device.
     """
 
     graph: nnx.GraphDef
@@ -84,6 +91,9 @@ class Recipe:
     perceptual: nnx.GraphDef | None = None
     perceptual_weight: float = 1.0
     ema_decay: float = 0.0
+    remat: str = "none"
+    accumulate: int = 1
+    mesh: Mesh | None = None
 
 
 @dataclass(frozen=True)
@@ -129,38 +139,60 @@ def make_train_step(recipe: Recipe, adversary: Adversary | None = None) -> Calla
     """
 
     def train_step(state: TokenizerState, batch: dict, frozen: nnx.State | None = None) -> tuple[TokenizerState, dict]:
-        images = batch["image"]
-        forward_key, surgery_key, augment_key = jax.random.split(state.step_key(), 3)
-
-        def forward(params):
-            output = nnx.merge(recipe.graph, params, state.buffers)(images, forward_key)
-            return (output.reconstruction, output.quantized.loss), output
-
-        (reconstruction, quantizer_loss), pullback, output = jax.vjp(forward, state.params, has_aux=True)
-        (total, losses), cotangent = jax.value_and_grad(reconstruction_losses, argnums=1, has_aux=True)(
-            recipe, reconstruction, images, frozen
+        _, surgery_key, _ = jax.random.split(state.step_key(), 3)
+        (gradients, of_discriminator, metrics), quantized = in_parts(
+            lambda images, key: _gradients(recipe, adversary, state, images, frozen, key),
+            batch["image"],
+            state.step_key(),
+            recipe.accumulate,
+            recipe.mesh,
         )
-        metrics = losses | output.quantized.losses
-        discriminator, norms = state.discriminator, ()
+        after, norms = apply_gradients(state, gradients, recipe.optimizer), [optax.tree.norm(gradients)]
         if adversary is not None:
-            last_layer = last_layer_gradient(merge_model(recipe.graph, state), output.features)
-            wanted, weight, discriminator, found = play(
-                adversary, state, images, reconstruction, cotangent, last_layer, augment_key
-            )
-            cotangent = cotangent + weight * wanted
-            total = total + weight * found["adversarial"]
-            metrics |= found
-            norms = (found["discriminator_gradient_norm"],)
-
-        (gradients,) = pullback((cotangent, jnp.ones_like(quantizer_loss)))
-        norm = optax.tree.norm(gradients)
-        after = apply_gradients(state, gradients, recipe.optimizer).replace(discriminator=discriminator)
-        after = operate(recipe, after, output.quantized, surgery_key)
-        total = total + quantizer_loss
-        state = skip_if_not_finite(state, after, total, norm, *norms)
-        return state, {"loss": total, **metrics, "gradient_norm": norm} | skip_counts(state)
+            norms.append(optax.tree.norm(of_discriminator))
+            metrics |= {"discriminator_gradient_norm": norms[1]}
+            after = after.replace(discriminator=learn(adversary, state.discriminator, of_discriminator, metrics))
+        after = operate(recipe, after, quantized, surgery_key)
+        state = skip_if_not_finite(state, after, metrics["loss"], *norms)
+        return state, metrics | {"gradient_norm": norms[0]} | skip_counts(state)
 
     return train_step
+
+
+def _gradients(
+    recipe: Recipe, adversary: Adversary | None, state: TokenizerState, images: Array, frozen, key: Array
+) -> tuple[tuple, QuantizerOutput]:
+    """What a batch of images asks of the autoencoder and of the discriminator (None without one), as gradients, and metrics;
+    and what its latents became, for codebook surgery."""
+    forward_key, _, augment_key = jax.random.split(key, 3)
+
+    def forward(params):
+        output = nnx.merge(recipe.graph, params, state.buffers)(images, forward_key)
+        return (output.reconstruction, output.quantized.loss), output
+
+    (reconstruction, quantizer_loss), pullback, output = jax.vjp(
+        economical(forward, recipe.remat, recipe.mesh), state.params, has_aux=True
+    )
+    (total, losses), cotangent = jax.value_and_grad(reconstruction_losses, argnums=1, has_aux=True)(
+        recipe, reconstruction, images, frozen
+    )
+    metrics, of_discriminator = losses | output.quantized.losses, None
+    if adversary is not None:
+        last_layer = last_layer_gradient(merge_model(recipe.graph, state), output.features)
+        wanted, weight, of_discriminator, found = play(
+            adversary, state, images, reconstruction, cotangent, last_layer, augment_key
+        )
+        cotangent = cotangent + weight * wanted
+        total = total + weight * found["adversarial"]
+        metrics |= found
+    (gradients,) = pullback((cotangent, jnp.ones_like(quantizer_loss)))
+    metrics = {"loss": total + quantizer_loss, **metrics}
+    return (gradients, of_discriminator, metrics), without_losses(output.quantized)
+
+
+def without_losses(quantized: QuantizerOutput) -> QuantizerOutput:
+    """What a quantizer returned, as far as it has a row for each example."""
+    return quantized.replace(losses={}, loss=None, parts=tuple(without_losses(part) for part in quantized.parts))
 
 
 def reconstruction_losses(recipe: Recipe, reconstruction: Array, images: Array, frozen) -> tuple[Array, dict]:
@@ -189,7 +221,7 @@ def play(
     reconstruction_cotangent: Array,
     last_layer: Callable[[Array], list[Array]],
     key: Array,
-) -> tuple[Array, Array, DiscriminatorState, dict]:
+) -> tuple[Array, Array, nnx.State, dict]:
     """One round between discriminator and autoencoder.
 
     Args:
@@ -202,8 +234,8 @@ def play(
       key: PRNG key of the augmentations.
 
     Returns:
-      The gradient of the adversarial loss with respect to ``reconstruction``, its weight, the discriminator's state after its
-      own update, and metrics.
+      The gradient of the adversarial loss with respect to ``reconstruction``, its weight, the gradients of the discriminator's
+      own loss, and metrics.
     """
     before = state.discriminator
     discriminator_loss, generator_loss = ADVERSARIAL_LOSSES[adversary.loss]
@@ -252,22 +284,23 @@ def play(
         "discriminator": loss,
         "real_logits": jnp.mean(real_logits),
         "fake_logits": jnp.mean(fake_logits),
-        "discriminator_gradient_norm": optax.tree.norm(gradients),
     }
-    after = learn(adversary, before, gradients).replace(
-        real_average=moving_average(before.real_average, real_logits, LECAM_DECAY),
-        fake_average=moving_average(before.fake_average, fake_logits, LECAM_DECAY),
-    )
-    return wanted, weight, after, metrics
+    return wanted, weight, gradients, metrics
 
 
-def learn(adversary: Adversary, before: DiscriminatorState, gradients: nnx.State) -> DiscriminatorState:
-    """One update of the discriminator and of its spectral norms."""
+def learn(adversary: Adversary, before: DiscriminatorState, gradients: nnx.State, metrics: dict) -> DiscriminatorState:
+    """One update of the discriminator, of its spectral norms, and of the averages of its logits."""
     updates, opt_state = adversary.optimizer.update(gradients, before.opt_state, before.params)
     discriminator = nnx.merge(adversary.graph, optax.apply_updates(before.params, updates), before.buffers, copy=True)
     discriminator.update_spectral_norm()
     _, params, buffers = nnx.split(discriminator, nnx.Param, ...)
-    return before.replace(params=params, buffers=buffers, opt_state=opt_state)
+    return before.replace(
+        params=params,
+        buffers=buffers,
+        opt_state=opt_state,
+        real_average=moving_average(before.real_average, metrics["real_logits"], LECAM_DECAY),
+        fake_average=moving_average(before.fake_average, metrics["fake_logits"], LECAM_DECAY),
+    )
 
 
 def operate(recipe: Recipe, state: TokenizerState, quantized, key: Array) -> TokenizerState:
