@@ -38,7 +38,7 @@ def count_down(countdown: Array, token_ids: Array, *, replace_freq: int, when: A
       token_ids: int32 of any shape, the codes that were used.
       when: bool scalar; otherwise ``countdown`` comes back unchanged.
     """
-    used = jnp.zeros(countdown.shape, bool).at[token_ids.reshape(-1)].set(True)
+    used = jnp.zeros(countdown.shape, bool).at[token_ids.reshape(-1)].max(True)
     return jnp.where(when, jnp.where(used, replace_freq, countdown - 1), countdown)
 
 
