@@ -239,6 +239,7 @@ def test_a_folder_in_the_way_of_a_file_is_one_line(draw, tmp_path, error_of):
         (["--again", "x.json", "--temperature", "2"], "leave --temperature out"),
         (["--again", "x.json", "--num", "2"], "leave --num out"),
         (["--again", "none.json"], "there is no record none.json"),
+        (["--cls_name", "cats", "--process_id", "1"], "--coordinator, --num_processes or "),
         ([], "--cls_name"),
     ],
 )

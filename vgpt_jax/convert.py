@@ -24,6 +24,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from vgpt_jax.command_line import CommandParser
 from vgpt_jax.errors import UserError, check_range, choose, close_names, exit_on_user_error
 from vgpt_jax.models.tokenizer import Tokenizer
 from vgpt_jax.pretrained.converted import Converted
@@ -238,18 +239,13 @@ def files_of(names: Sequence[str], format_name: str | None, out: Path) -> tuple[
     return formats.pop(), paths
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
-
-
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parses the command line.
 
     Raises:
       UserError: it is wrong.
     """
-    parser = _Parser(prog="python -m vgpt_jax.convert", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = CommandParser("convert", __doc__)
     add = parser.add_argument
     add("paths", nargs="*", metavar="PATH", help="files or folders of a checkpoint, or the name of a public one")
     add("--format", metavar="FORMAT", help=f"of the files: {', '.join(FORMATS)}")

@@ -14,22 +14,9 @@ import torch
 
 from vgpt_jax import UserError
 from vgpt_jax.pretrained.stored_tensor import StoredTensor
-from vgpt_jax.pretrained.torch_file import open_torch_file, read_torch_file
+from vgpt_jax.pretrained.torch_file import open_torch_file
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "visual_gpt_cosine"
-CONTAINERS = {"zip": True, "stream": False}
-
-
-@pytest.fixture(params=CONTAINERS)
-def written(request, tmp_path):
-    """A function that has PyTorch write an object, in either container, and gives the file's path."""
-
-    def write(thing, **arguments):
-        path = tmp_path / "file.pt"
-        torch.save(thing, path, _use_new_zipfile_serialization=CONTAINERS[request.param], **arguments)
-        return path
-
-    return write
 
 
 def test_every_dtype(written):
@@ -48,19 +35,19 @@ def test_every_dtype(written):
     tensors["complex64"] = torch.tensor([1 + 2j, -3j])
     tensors["complex128"] = torch.tensor([1 + 2j, -3j], dtype=torch.complex128)
     tensors |= {name: torch.tensor([1, 2, 60000]).to(getattr(torch, name)) for name in ("uint16", "uint32", "uint64")}
-    found = read_torch_file(written(tensors))
+    found = open_torch_file(written(tensors))
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.numpy().dtype
+        assert found[name].dtype == np.asarray(found[name]).dtype == tensor.numpy().dtype
         np.testing.assert_array_equal(found[name], tensor.numpy())
 
 
 def test_the_dtypes_that_numpy_lacks(written):
     values = torch.tensor([0.0, -1.5, 0.25, 3.0])
     names = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
-    found = read_torch_file(written({name: values.to(getattr(torch, name)) for name in names}))
+    found = open_torch_file(written({name: values.to(getattr(torch, name)) for name in names}))
     for name in names:
         assert found[name].dtype == np.dtype(getattr(ml_dtypes, name))
-        np.testing.assert_array_equal(found[name].astype(np.float32), values.numpy())
+        np.testing.assert_array_equal(np.asarray(found[name], np.float32), values.numpy())
 
 
 def test_strides_offsets_and_shared_storages(written):
@@ -73,12 +60,13 @@ def test_strides_offsets_and_shared_storages(written):
         "scalar": base[1, 2, 3],
         "empty": base[:, :0],
     }
-    found = read_torch_file(written(tensors))
+    found = open_torch_file(written(tensors))
     for name, tensor in tensors.items():
-        assert found[name].shape == tensor.shape
+        assert isinstance(found[name], StoredTensor)
+        assert found[name].shape == np.asarray(found[name]).shape == tensor.shape
         np.testing.assert_array_equal(found[name], tensor.numpy())
-    assert np.shares_memory(found["base"], found["permuted"])
-    assert not found["base"].flags.writeable
+    assert not np.asarray(found["base"]).flags.writeable
+    assert np.asarray(found["base"], np.float64).dtype == np.float64
 
 
 def test_containers_and_what_is_not_a_tensor(written):
@@ -92,7 +80,7 @@ def test_containers_and_what_is_not_a_tensor(written):
         "numpy": [np.float32(1.5), np.int64(-7), np.bool_(True)],
         "torch": [torch.Size([2, 3]), torch.device("cuda:1"), torch.device("cpu"), torch.float16],
     }
-    found = read_torch_file(written(thing))
+    found = open_torch_file(written(thing))
     (one, deep), *rest = found["nested"]
     np.testing.assert_array_equal(one, [1.0])
     np.testing.assert_array_equal(deep["deep"], [0.0])
@@ -125,37 +113,19 @@ def test_tensors_as_the_first_versions_of_pytorch_wrote_them(tmp_path):
     module = SimpleNamespace(__name__="pickle", Pickler=Pickler, dump=pickle.dump)
     torch.save({"weight": weight.T}, path, pickle_module=module, _use_new_zipfile_serialization=False)
     assert b"_rebuild_tensor\n" in path.read_bytes()
-    np.testing.assert_array_equal(read_torch_file(path)["weight"], weight.T.numpy())
+    np.testing.assert_array_equal(open_torch_file(path)["weight"], weight.T.numpy())
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "gpt"])
 def test_a_real_file_reads_as_pytorch_reads_it(part):
     path = GOLDEN / part / "model.bin"
-    found, expected = read_torch_file(path), torch.load(path, weights_only=True)
+    found, expected = open_torch_file(path), torch.load(path, weights_only=True)
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         np.testing.assert_array_equal(found[name], tensor.numpy())
 
 
-# Tensors that stay in the file
-
-
-def test_stored_tensors_are_what_all_of_them_read_at_once_are(written):
-    base = torch.arange(24.0).reshape(2, 3, 4)
-    tensors = {"base": base, "permuted": base.permute(2, 0, 1), "sliced": base[1, ::2, 1::2], "empty": base[:, :0]}
-    tensors |= {"scalar": base[1, 2, 3], "half": torch.ones(3).half(), "flags": torch.tensor([True, False])}
-    tensors["uint16"] = torch.tensor([1, 60000]).to(torch.uint16)  # of a storage of bytes
-    found = open_torch_file(written({"nested": [tensors], "epoch": 3}))
-    assert found["epoch"] == 3
-    for name, tensor in tensors.items():
-        stored = found["nested"][0][name]
-        assert isinstance(stored, StoredTensor)
-        assert (stored.shape, stored.dtype) == (tensor.shape, tensor.numpy().dtype)
-        np.testing.assert_array_equal(np.asarray(stored), tensor.numpy())
-        assert np.asarray(stored, np.float64).dtype == np.float64
-
-
-def test_only_what_is_asked_for_is_read(tmp_path):
+def test_only_what_is_asked_for_is_read_and_damage_is_noticed_then(tmp_path):
     path = tmp_path / "file.pt"
     torch.save({"wanted": torch.ones(5), "other": torch.full((64,), 1.25)}, path)
     content = path.read_bytes()
@@ -185,9 +155,8 @@ def test_a_compressed_archive_is_refused(tmp_path):
     ):
         for name in plain.namelist():
             other.writestr(name, plain.read(name))
-    for read in (read_torch_file, open_torch_file):
-        with pytest.raises(UserError, match="file.pt is compressed, which PyTorch's checkpoints are not"):
-            read(tmp_path / "file.pt")
+    with pytest.raises(UserError, match="file.pt is compressed, which PyTorch's checkpoints are not"):
+        open_torch_file(tmp_path / "file.pt")
 
 
 def test_a_truncated_file_is_refused_wherever_it_ends(written, tmp_path):
@@ -195,22 +164,11 @@ def test_a_truncated_file_is_refused_wherever_it_ends(written, tmp_path):
     path = tmp_path / "cut.pt"
     for length in [*range(0, len(whole) - 1, 23), len(whole) - 1]:
         path.write_bytes(whole[:length])
-        for read in (read_torch_file, open_torch_file):
-            with pytest.raises(
-                UserError, match=r"^\S+cut.pt is (damaged, or )?no PyTorch checkpoint|cut.pt is damaged"
-            ) as found:
-                read(path)
-            assert "\n" not in str(found.value)
-
-
-def test_a_damaged_tensor_of_an_archive_is_noticed(tmp_path):
-    path = tmp_path / "file.pt"
-    torch.save({"weight": torch.full((64,), 1.25)}, path)
-    content = path.read_bytes()
-    at = content.index(np.float32(1.25).tobytes() * 4)
-    path.write_bytes(content[:at] + b"\x01" + content[at + 1 :])
-    with pytest.raises(UserError, match="file.pt is damaged.*CRC"):
-        read_torch_file(path)
+        with pytest.raises(
+            UserError, match=r"^\S+cut.pt is (damaged, or )?no PyTorch checkpoint|cut.pt is damaged"
+        ) as found:
+            open_torch_file(path)
+        assert "\n" not in str(found.value)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +178,7 @@ def test_another_kind_of_file_is_refused(tmp_path, content):
     path = tmp_path / "file.bin"
     path.write_bytes(content)
     with pytest.raises(UserError, match="file.bin is.* no PyTorch checkpoint"):
-        read_torch_file(path)
+        open_torch_file(path)
 
 
 def test_another_archive_is_refused(tmp_path):
@@ -228,13 +186,13 @@ def test_another_archive_is_refused(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("folder/readme.txt", "text")
     with pytest.raises(UserError, match="file.zip is a zip archive, but no PyTorch checkpoint"):
-        read_torch_file(path)
+        open_torch_file(path)
 
 
 def test_a_file_that_is_not_there(tmp_path):
     for path in (tmp_path, tmp_path / "absent.pt"):
         with pytest.raises(UserError, match=f"there is no file {path}"):
-            read_torch_file(path)
+            open_torch_file(path)
 
 
 def test_a_big_endian_file_is_refused(tmp_path):
@@ -245,4 +203,4 @@ def test_a_big_endian_file_is_refused(tmp_path):
         for name in archive.namelist():
             other.writestr(name, b"big" if name.endswith("/byteorder") else archive.read(name))
     with pytest.raises(UserError, match="big-endian"):
-        read_torch_file(swapped)
+        open_torch_file(swapped)

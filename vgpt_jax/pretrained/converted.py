@@ -11,6 +11,7 @@ from typing import Any
 from flax import nnx
 
 from vgpt_jax.errors import UserError
+from vgpt_jax.imagenet import imagenet_class_names
 from vgpt_jax.pretrained.safetensors_file import open_safetensors
 from vgpt_jax.pretrained.stored_tensor import StoredTensor
 from vgpt_jax.pretrained.torch_file import open_torch_file
@@ -176,7 +177,5 @@ def setting(
 def numbered_class_names(count: int) -> list[str]:
     """Names for classes that have none: ``class_0``, ``class_1``, ...; of 1000 those of ImageNet, in its order."""
     if count == 1000:
-        from vgpt_jax.imagenet import imagenet_class_names
-
         return list(imagenet_class_names())
     return [f"class_{i}" for i in range(count)]

@@ -17,17 +17,14 @@ DTYPES = {  # the format's name
 }
 
 
-def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
-    """All tensors of a file by name, of the dtypes that they are stored in (``ml_dtypes`` has bfloat16).
+def open_safetensors(path: str | Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by name, of the dtypes that they are stored in (``ml_dtypes`` has bfloat16).
+
+    Each is read when it is asked for, so the file has to stay where it is.
 
     Raises:
       UserError: there is no such file, it is damaged or of another kind, or it holds a dtype that is none of ``DTYPES``.
     """
-    return {name: np.asarray(tensor) for name, tensor in open_safetensors(path).items()}
-
-
-def open_safetensors(path: str | Path) -> dict[str, StoredTensor]:
-    """As `read_safetensors`, but each tensor is read when it is asked for. The file has to stay where it is."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)

@@ -1,9 +1,9 @@
-"""Tensors that are still in their file, and the storages of PyTorch's checkpoints that tensors are views of."""
+"""Tensors that are still in their file, and the storages of PyTorch's checkpoints that they are views of."""
 
 import math
 import pickle
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -37,50 +37,30 @@ class StoredTensor:
         raise pickle.UnpicklingError("a tensor does not take a state")
 
 
-def _strided(elements: np.ndarray, offset: int, size: tuple, strides: tuple) -> np.ndarray:
-    """A read-only view of a storage's elements; offset and strides count elements."""
-    width = elements.itemsize
-    steps = tuple(step * width for step in strides)
-    array = np.ndarray(tuple(size), elements.dtype, elements.view(np.uint8), offset * width, steps)
-    array.flags.writeable = False
-    return array
+class Storage:
+    """The elements that tensors of a PyTorch checkpoint are views of; they are read when one of the tensors is.
 
-
-class Storage(Protocol):
-    """What a pickle's tensors are views of."""
-
-    size: int
-
-    def view(self, dtype: np.dtype) -> "Storage":
-        """The same bytes as elements of another type."""
-
-    def tensor(self, offset: int, size: tuple, strides: tuple) -> np.ndarray | StoredTensor: ...
-
-
-class LoadedStorage:
-    """A storage whose elements are in memory."""
-
-    def __init__(self, read: Callable[[np.dtype, int], np.ndarray], dtype: np.dtype, count: int):
-        self._elements = read(dtype, count)
-        self.size = self._elements.size
-
-    def view(self, dtype: np.dtype) -> Storage:
-        return LoadedStorage(lambda dtype, _: self._elements.view(dtype), dtype, self.size)
-
-    def tensor(self, offset: int, size: tuple, strides: tuple) -> np.ndarray:
-        return _strided(self._elements, offset, size, strides)
-
-
-class StoredStorage:
-    """A storage that is read when one of its tensors is."""
+    Args:
+      read: ``(dtype, count) -> [count]``, reads them.
+      dtype: of the elements.
+      count: of the elements.
+    """
 
     def __init__(self, read: Callable[[np.dtype, int], np.ndarray], dtype: np.dtype, count: int):
         self._read, self._dtype, self.size = read, dtype, count
 
-    def view(self, dtype: np.dtype) -> Storage:
-        return StoredStorage(self._read, dtype, self.size * self._dtype.itemsize // dtype.itemsize)
+    def view(self, dtype: np.dtype) -> "Storage":
+        """The same bytes as elements of another type."""
+        return Storage(self._read, dtype, self.size * self._dtype.itemsize // dtype.itemsize)
 
     def tensor(self, offset: int, size: tuple, strides: tuple) -> StoredTensor:
+        """A view; offset and strides count elements."""
         read, dtype, count = self._read, self._dtype, self.size
-        repeats = math.prod(size) > count
-        return StoredTensor(tuple(size), dtype, lambda: _strided(read(dtype, count), offset, size, strides), repeats)
+
+        def strided() -> np.ndarray:
+            elements, steps = read(dtype, count), tuple(step * dtype.itemsize for step in strides)
+            array = np.ndarray(tuple(size), dtype, elements.view(np.uint8), offset * dtype.itemsize, steps)
+            array.flags.writeable = False
+            return array
+
+        return StoredTensor(tuple(size), dtype, strided, repeats=math.prod(size) > count)

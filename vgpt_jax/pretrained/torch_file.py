@@ -3,8 +3,8 @@
 ``torch.save`` writes a pickle of containers in which tensors are views of numbered storages, and the storages' raw bytes
 beside it: in a zip archive (since PyTorch 1.6), or one after the other in a stream (before). `torch_pickle` reads the pickle.
 
-`read_torch_file` reads all of it. `open_torch_file` leaves the tensors in the file until each is asked for: a checkpoint may hold
-more than is wanted of it, such as an optimizer's state, and need not be in memory beside what is made of it.
+Tensors stay in the file until each is asked for: a checkpoint may hold more than is wanted of it, such as an optimizer's state,
+and need not be in memory beside what is made of it.
 """
 
 import zipfile
@@ -16,41 +16,33 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vgpt_jax.errors import UserError
-from vgpt_jax.pretrained.stored_tensor import LoadedStorage, Storage, StoredStorage
+from vgpt_jax.pretrained.stored_tensor import Storage
 from vgpt_jax.pretrained.torch_pickle import DataUnpickler
 
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 STREAM_PROTOCOL = 1001
 
 
-def read_torch_file(path: str | Path) -> Any:
-    """What was given to ``torch.save``, with arrays in place of tensors and parameters.
+def open_torch_file(path: str | Path) -> Any:
+    """What was given to ``torch.save``, with a `StoredTensor` in place of each tensor and parameter.
+
+    The file has to stay where it is.
 
     Returns:
       Dicts, lists, tuples, numbers and strings as they were; a ``torch.Size`` as a tuple, a device, a dtype or an
-      ``argparse.Namespace`` as a string or a dict. Arrays are read-only, of the tensors' dtypes (``ml_dtypes`` has those that
-      NumPy lacks); tensors that shared a storage share memory.
+      ``argparse.Namespace`` as a string or a dict. Tensors are of their own dtypes (``ml_dtypes`` has those that NumPy lacks).
 
     Raises:
       UserError: there is no such file, it is damaged or of another kind, or it wants something called or made that is
-        not data; the message says what.
+        not data; the message says what. That the bytes of a tensor are damaged is found out when it is read.
     """
-    return _read(path, LoadedStorage)
-
-
-def open_torch_file(path: str | Path) -> Any:
-    """As `read_torch_file`, with a `StoredTensor` in place of each array. The file has to stay where it is."""
-    return _read(path, StoredStorage)
-
-
-def _read(path: str | Path, kind: "type[LoadedStorage | StoredStorage]") -> Any:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     with _explained(path), path.open("rb") as file:
         if file.peek(4)[:4] == b"PK\x03\x04":
-            return _read_zip(zipfile.ZipFile(path), path, kind)  # closed with the last tensor that is still to be read
-        return _read_stream(file, path, kind)
+            return _read_zip(zipfile.ZipFile(path), path)  # closed with the last tensor that is still to be read
+        return _read_stream(file, path)
 
 
 @contextmanager
@@ -65,7 +57,7 @@ def _explained(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged, or no PyTorch checkpoint ({reason})") from error
 
 
-def _read_zip(archive: zipfile.ZipFile, path: Path, kind: type) -> Any:
+def _read_zip(archive: zipfile.ZipFile, path: Path) -> Any:
     names = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(names) != 1:
         raise UserError(f"{path} is a zip archive, but no PyTorch checkpoint: it has no data.pkl")
@@ -88,13 +80,13 @@ def _read_zip(archive: zipfile.ZipFile, path: Path, kind: type) -> Any:
 
         if archive.getinfo(f"{root}data/{key}").file_size < count * dtype.itemsize:
             raise EOFError(f"storage {key} is shorter than its tensors")
-        return kind(read, dtype, count)
+        return Storage(read, dtype, count)
 
     with archive.open(names[0]) as pickled:
         return DataUnpickler(pickled, path, open_storage).load()
 
 
-def _read_stream(file: BinaryIO, path: Path, kind: type) -> Any:
+def _read_stream(file: BinaryIO, path: Path) -> Any:
     def load(open_storage: Callable | None = None) -> Any:
         return DataUnpickler(file, path, open_storage).load()
 
@@ -102,21 +94,18 @@ def _read_stream(file: BinaryIO, path: Path, kind: type) -> Any:
         raise UserError(f"{path} is no PyTorch checkpoint")
     if not load()["little_endian"]:
         raise UserError(f"{path} was written on a big-endian machine: save it again on another")
-    start, sizes, places = file.tell(), {}, {}
+    sizes, places = {}, {}
 
-    def open_storage(kind: type) -> Callable[[str, int, np.dtype], Storage]:
-        def open_one(key: str, count: int, dtype: np.dtype) -> Storage:
-            def read(dtype: np.dtype, count: int) -> np.ndarray:
-                with _explained(path):
-                    return np.fromfile(path, dtype, count, offset=places[key])
+    def open_storage(key: str, count: int, dtype: np.dtype) -> Storage:
+        def read(dtype: np.dtype, count: int) -> np.ndarray:
+            with _explained(path):
+                return np.fromfile(path, dtype, count, offset=places[key])
 
-            sizes[key] = count, dtype.itemsize
-            return kind(read, dtype, count)
+        sizes[key] = count, dtype.itemsize
+        return Storage(read, dtype, count)
 
-        return open_one
-
-    found = load(open_storage(StoredStorage))  # where the storages are is known behind all that refers to them
-    for key in load():
+    found = load(open_storage)
+    for key in load():  # where the storages are is known behind all that refers to them
         count, width = sizes[key]
         if int.from_bytes(file.read(8), "little") != count:
             raise EOFError(f"storage {key} has another length than its tensors")
@@ -124,7 +113,4 @@ def _read_stream(file: BinaryIO, path: Path, kind: type) -> Any:
         file.seek(count * width, 1)
     if file.tell() > path.stat().st_size or places.keys() != sizes.keys():
         raise EOFError("it ends too early")
-    if kind is StoredStorage:
-        return found
-    file.seek(start)
-    return load(open_storage(kind))
+    return found
