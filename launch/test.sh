@@ -8,4 +8,4 @@ if ! "$python" -c 'import importlib.metadata as m; m.version("lpips")' 2> /dev/n
   "$python" -m pip install --quiet --disable-pip-version-check --no-deps lpips==0.1.4
 fi
 "$python" -m ruff check --quiet .
-exec "$python" -m pytest -n 2 --dist loadfile "$@"  # two processes: most of the time goes into compiling, on one core
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"  # two processes: most of the time goes into compiling, on one core

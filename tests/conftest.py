@@ -11,10 +11,33 @@ import pytest
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-# What one process has compiled the others, and those that tests start, need not; nor does the next run.
+# What one process has compiled the others, and those that tests start, need not; nor does the next run. The small programs too:
+# every module's tests want the same ones, many to a test.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+FIRST = (  # files and folders that take longest, the longest first
+    "reliability",
+    "test_notebook.py",
+    "training/test_recipe.py",
+    "data/test_stanford_dogs.py",
+    "test_compile_ahead.py",
+    "test_command_lines.py",
+    "training",
+    "benchmarks",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """What takes long comes first, or one of the suite's processes would be at it long after the other is done."""
+
+    def place(item) -> int:
+        path = item.path.relative_to(Path(__file__).parent)
+        return next((i for i, first in enumerate(FIRST) if path.is_relative_to(first)), len(FIRST))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,7 @@ from vgpt_jax.errors import UserError
 from vgpt_jax.main import train_all
 from vgpt_jax.sampling.cond_visual_gpt import CondVisualGPT
 from vgpt_jax.sampling.progressive import decode_so_far
-from vgpt_jax.training import tokenizer_stage
+from vgpt_jax.training import generator_stage, tokenizer_stage
 from vgpt_jax.training.metric_log import curves
 from vgpt_jax.training.saved_model import load_model
 from vgpt_jax.training.sharding import make_mesh, shard_batch
@@ -105,10 +105,12 @@ def test_every_shape_of_tokens_is_trained_cached_and_sampled(name, tiny_config, 
     tiny_config.logging.eval_every = 10
     train_all(tiny_config, tmp_path / "run")
     assert "held_out/code_use" in curves(tmp_path / "run" / "tokenizer")
-    model = CondVisualGPT.from_pretrained(tmp_path / "run")
-    samples = model.sample(["flags"], num=2, seed=1)
-    assert samples.token_ids.shape == (2, *shape)
-    assert samples.images.shape == (2, 16, 16, 3)
+    model = CondVisualGPT.from_pretrained(tmp_path / "run", make_mesh())
+    as_evaluated = vars(generator_stage.drawing_of(tiny_config, seed=1))  # the program is compiled already
+    samples = model.sample(range(len(model.class_names)), num=2, **as_evaluated)
+    count = 2 * len(model.class_names)
+    assert samples.token_ids.shape == (count, *shape)
+    assert samples.images.shape == (count, 16, 16, 3)
     so_far = list(decode_so_far(model, samples.token_ids, samples.orders, np.array([1, model.tokenizer.num_tokens])))
     np.testing.assert_allclose(so_far[-1], samples.images, atol=1e-5)
     assert np.abs(so_far[0] - samples.images).max() > 1e-3

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from vgpt_jax.errors import UserError, check_range
-from vgpt_jax.models.layers import block_output, dropout
+from vgpt_jax.models.layers import block_output, dropout, lecun_normal
 from vgpt_jax.models.vqgan import conv3x3, group_norm
 
 
@@ -42,7 +42,8 @@ class ConvClassifier(nnx.Module):
         self.value_range = tuple(float(v) for v in value_range)
         self.dropout = dropout
         pairs = list(zip([3, *widths[:-1]], widths, strict=True))
-        self.strided = nnx.List([nnx.Conv(i, o, (4, 4), strides=2, padding=1, rngs=rngs) for i, o in pairs])
+        options = {"strides": 2, "padding": 1, "kernel_init": lecun_normal}
+        self.strided = nnx.List([nnx.Conv(i, o, (4, 4), **options, rngs=rngs) for i, o in pairs])
         self.norms = nnx.List([group_norm(o, rngs) for _, o in pairs])
         self.convs = nnx.List([conv3x3(o, o, jnp.float32, rngs) for _, o in pairs])
         self.head = nnx.Linear(2 * widths[-1], num_classes, rngs=rngs)

@@ -1,5 +1,8 @@
 """What several models are made of."""
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +19,23 @@ BLOCK = "block"
 def block_output(x: Array) -> Array:
     """``x``, under the name ``BLOCK``."""
     return checkpoint_name(x, BLOCK)
+
+
+def drawn_as_matrix(initializer: Callable[..., Array]) -> Callable[..., Array]:
+    """An initializer of kernels ``[..., inputs, outputs]`` that draws the same numbers as a matrix, a column for each output.
+
+    The compiler takes several times as long for a draw of four axes. Of ``initializer`` the scale may depend on how many numbers
+    go into an output, but not on how many outputs a number goes into.
+    """
+
+    def draw(key: Array, shape: tuple[int, ...], *args, **kwargs) -> Array:
+        return initializer(key, (math.prod(shape[:-1]), shape[-1]), *args, **kwargs).reshape(shape)
+
+    return draw
+
+
+lecun_normal = drawn_as_matrix(nnx.initializers.lecun_normal())
+"""What Flax initializes kernels with."""
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

@@ -13,13 +13,14 @@ from flax import nnx
 from jax import Array
 
 from vgpt_jax.errors import UserError, check_range
-from vgpt_jax.models.layers import block_output
+from vgpt_jax.models.layers import block_output, lecun_normal
 from vgpt_jax.models.vqgan import Upsample, check_halvings, conv1x1, conv3x3, group_norm
 
 
 def bare_conv(in_channels: int, out_channels: int, side: int, dtype, rngs: nnx.Rngs) -> nnx.Conv:
     """A convolution without bias, of a square kernel, to pictures of the same size."""
-    return nnx.Conv(in_channels, out_channels, (side, side), padding=side // 2, use_bias=False, dtype=dtype, rngs=rngs)
+    options = {"padding": side // 2, "use_bias": False, "kernel_init": lecun_normal}
+    return nnx.Conv(in_channels, out_channels, (side, side), **options, dtype=dtype, rngs=rngs)
 
 
 class MaskGITBlock(nnx.Module):

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 
 from vgpt_jax.errors import check_range, choose
+from vgpt_jax.models.layers import drawn_as_matrix
 from vgpt_jax.models.spectral_norm import SpectralConv
 
 
@@ -98,7 +99,7 @@ class PatchGAN(nnx.Module):
                 padding=((1, 1), (1, 1)),
                 use_bias=use_bias,
                 dtype=dtype,
-                kernel_init=jax.nn.initializers.normal(0.02),
+                kernel_init=drawn_as_matrix(jax.nn.initializers.normal(0.02)),
                 rngs=rngs,
             )
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from vgpt_jax.errors import UserError, check_range
-from vgpt_jax.models.layers import block_output, dropout
+from vgpt_jax.models.layers import block_output, dropout, lecun_normal
 
 
 def group_norm(channels: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
@@ -23,11 +23,11 @@ def group_norm(channels: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
 
 
 def conv3x3(in_channels: int, out_channels: int, dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(in_channels, out_channels, (3, 3), padding=1, dtype=dtype, rngs=rngs)
+    return nnx.Conv(in_channels, out_channels, (3, 3), padding=1, kernel_init=lecun_normal, dtype=dtype, rngs=rngs)
 
 
 def conv1x1(in_channels: int, out_channels: int, dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(in_channels, out_channels, (1, 1), dtype=dtype, rngs=rngs)
+    return nnx.Conv(in_channels, out_channels, (1, 1), kernel_init=lecun_normal, dtype=dtype, rngs=rngs)
 
 
 class ResidualBlock(nnx.Module):
@@ -71,7 +71,8 @@ class Downsample(nnx.Module):
     """A 3x3 convolution of stride 2, padded by a row below and a column on the right: ``[B, H, W, C] -> [B, H/2, W/2, C]``."""
 
     def __init__(self, channels: int, dtype, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=dtype, rngs=rngs)
+        options = {"strides": 2, "padding": ((0, 1), (0, 1)), "kernel_init": lecun_normal}
+        self.conv = nnx.Conv(channels, channels, (3, 3), **options, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.conv(x)

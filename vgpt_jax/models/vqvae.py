@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from vgpt_jax.errors import UserError, check_range
-from vgpt_jax.models.layers import block_output
+from vgpt_jax.models.layers import block_output, lecun_normal
 from vgpt_jax.models.vqgan import conv1x1, conv3x3
 
 
@@ -79,7 +79,7 @@ class VQVAEEncoder(nnx.Module):
         self.downsampling = 2**num_downsamplings
         self.strided = nnx.List(
             [
-                nnx.Conv(i, o, (4, 4), strides=2, padding=1, dtype=dtype, rngs=rngs)
+                nnx.Conv(i, o, (4, 4), strides=2, padding=1, kernel_init=lecun_normal, dtype=dtype, rngs=rngs)
                 for i, o in zip(widths[:-1], widths[1:], strict=True)
             ]
         )
