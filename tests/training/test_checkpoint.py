@@ -222,6 +222,16 @@ def test_where_none_is_whole_nothing_is_touched_and_the_run_does_not_begin_again
     assert folders(two) == ["1", "2"]
 
 
+def test_the_first_that_a_run_has_saved_is_put_aside_and_the_run_begins_again(two, capsys):
+    shutil.rmtree(two / "1")
+    flip(two / "2" / MANIFEST)
+    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+        CheckpointStore(two, keep=1).restore(fresh_state())  # the only one of many, for all that is known
+    assert CheckpointStore(two, keep=2).restore(fresh_state()) is None
+    assert capsys.readouterr().err.strip().endswith("put aside as damaged-2; beginning again")
+    assert folders(two) == ["damaged-2"]
+
+
 def test_a_state_of_other_shapes_is_refused_and_not_called_damaged(two):
     with pytest.raises(
         UserError, match=r"checkpoint 2 in .* is of another state: .*float32\[4, 4\] there, float32\[5, 4\]"

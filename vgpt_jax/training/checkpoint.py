@@ -61,6 +61,7 @@ class CheckpointStore:
         first_does(self._make_directory)
         self._values: dict[int, float] = {}
         self._worst_first = lambda value: -value if best == "least" else value
+        self._keep = keep
         self._kept = AnyPreservationPolicy(
             [
                 LatestN(n=keep),
@@ -219,18 +220,19 @@ class CheckpointStore:
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint, with the shardings of ``state``, whatever wrote it, and what was saved on the data.
 
-        Newer ones that are damaged are named on standard error and put aside.
+        Newer ones that are damaged are named on standard error and put aside. So is the first that a run has saved, where it is the
+        only one.
 
         Args:
           state: arrays, or shapes with shardings.
 
         Returns:
-          None if there is no checkpoint.
+          None if there is no checkpoint to go on from.
 
         Raises:
           UserError: none of those that are there is whole; or it is of other shapes, or of a later format.
         """
-        return self._restore(state, self._steps()[::-1])
+        return self._restore(state, self._steps()[::-1], may_begin_again=True)
 
     def restore_best(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The same of those that are rated, the best first."""
@@ -238,12 +240,14 @@ class CheckpointStore:
         rated = [step for step in self._steps() if step in self._values]
         return self._restore(state, sorted(rated, key=lambda s: (self._worst_first(self._values[s]), s), reverse=True))
 
-    def _restore(self, state: TrainState, steps: Sequence[int]) -> tuple[TrainState, dict[str, Any]] | None:
+    def _restore(
+        self, state: TrainState, steps: Sequence[int], may_begin_again: bool = False
+    ) -> tuple[TrainState, dict[str, Any]] | None:
         chosen = np.int32(-1)
 
         def choose() -> None:
             nonlocal chosen
-            chosen = np.int32(self._first_whole(steps, shapes_of(state)))
+            chosen = np.int32(self._first_whole(steps, shapes_of(state), may_begin_again))
 
         first_does(choose)
         step = int(multihost_utils.broadcast_one_to_all(chosen))
@@ -260,7 +264,7 @@ class CheckpointStore:
         self._newest = self._whole = step
         return restored.state, restored.data
 
-    def _first_whole(self, steps: Sequence[int], shapes: dict[str, str]) -> int:
+    def _first_whole(self, steps: Sequence[int], shapes: dict[str, str], may_begin_again: bool) -> int:
         """The first of ``steps`` that is whole, -1 if there are none; those before it are put aside."""
         damaged: dict[int, str] = {}
         for step in steps:
@@ -270,7 +274,9 @@ class CheckpointStore:
                 break
             damaged[step] = problem
         else:
-            if not damaged:
+            # One alone, where two would be kept, is the first: little more than nothing is lost.
+            if not damaged or (may_begin_again and len(damaged) == 1 < self._keep):
+                self._put_aside(damaged, "beginning again")
                 return -1
             what = listed([f"{step}: {problem}" for step, problem in damaged.items()])
             raise UserError(
@@ -286,17 +292,20 @@ class CheckpointStore:
                 f"checkpoint {step} in {self._directory} is of another state: {name} is {there.get(name, 'missing')} there, "
                 f"{shapes.get(name, 'missing')} here{more}: bring back the config that it was trained with"
             )
+        self._put_aside(damaged, f"going on from {step}")
+        return step
+
+    def _put_aside(self, damaged: dict[int, str], instead: str) -> None:
         for bad, problem in damaged.items():
             folder, number = self._directory / str(bad), 1
             while (aside := folder.with_name(f"damaged-{bad}" + (f"-{number}" if number > 1 else ""))).exists():
                 number += 1
             folder.rename(aside)
             print(
-                f"checkpoint {bad} in {self._directory} is damaged ({problem}): put aside as {aside.name}; going on from {step}",
+                f"checkpoint {bad} in {self._directory} is damaged ({problem}): put aside as {aside.name}; {instead}",
                 file=sys.stderr,
                 flush=True,
             )
-        return step
 
     def close(self) -> None:
         """Waits for the save that is under way, and lets go of threads.
