@@ -1,6 +1,7 @@
 """How the C library treats the memory that XLA's CPU backend frees."""
 
 import ctypes
+import os
 import sys
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -27,5 +28,10 @@ def keep_freed_memory() -> None:
 
 
 def accelerator_is_installed() -> bool:
-    """Whether JAX has a backend beside the CPU's to start: a plugin, or libtpu. Starts none."""
-    return bool(entry_points(group="jax_plugins")) or find_spec("libtpu") is not None
+    """Whether JAX has a backend beside the CPU's to start: a plugin, or libtpu and a TPU. Starts none."""
+    return bool(entry_points(group="jax_plugins")) or (find_spec("libtpu") is not None and tpu_is_here())
+
+
+def tpu_is_here() -> bool:
+    """Whether the machine has a TPU. libtpu alone says nothing: it compiles for TPUs elsewhere, too."""
+    return any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))

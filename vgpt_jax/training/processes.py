@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vgpt_jax.errors import UserError, leave
+from vgpt_jax.host_memory import tpu_is_here
 from vgpt_jax.progress import progress
 
 T = TypeVar("T")
@@ -86,8 +87,7 @@ def cluster_is_around(environment: Mapping[str, str]) -> bool:
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environment:
         return True
     platforms = environment.get("JAX_PLATFORMS", "tpu")
-    on_tpu = any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
-    return on_tpu and "tpu" in platforms and not environment.get("TPU_SKIP_MDS_QUERY")
+    return tpu_is_here() and "tpu" in platforms and not environment.get("TPU_SKIP_MDS_QUERY")
 
 
 def is_first() -> bool:
