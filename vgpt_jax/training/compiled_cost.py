@@ -103,7 +103,11 @@ def memory_of(compiled: jax.stages.Compiled) -> Memory:
 
 
 def cost_of(compiled: jax.stages.Compiled | str) -> Cost:
-    """The cost of a compiled program, or of its text."""
+    """The cost of a compiled program, or of its text.
+
+    Raises:
+      jax.errors.JaxRuntimeError: a program's text cannot be read, as it may be of a compiler that is newer than jaxlib.
+    """
     program = parse(compiled if isinstance(compiled, str) else compiled.as_text())
     count = _Count(program)
     count.run(program.entry, 1, ())

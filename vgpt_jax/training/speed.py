@@ -33,7 +33,10 @@ class SpeedMeter:
 
     def compiled(self, program: jax.stages.Compiled, seconds: float) -> None:
         """Tells of a step's program, which is in use from here on, and how long its compilation took."""
-        self._flops = cost_of(program).flops if self._peak else None
+        try:
+            self._flops = cost_of(program).flops if self._peak else None
+        except (jax.errors.JaxRuntimeError, KeyError, ValueError):  # the text of a compiler that is newer than jaxlib
+            self._flops = None
         self._compiling = seconds
 
     @contextmanager
