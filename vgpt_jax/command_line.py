@@ -21,6 +21,12 @@ class CommandParser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def parse_known_args(self, args=None, namespace=None):
+        for argument in args or ():
+            if argument.startswith("--") and argument.endswith("=--"):  # argparse gives such an option an empty list
+                self.error(f"{argument.removesuffix('--')} needs a value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
 

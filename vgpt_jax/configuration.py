@@ -47,6 +47,17 @@ KINDS = {
 }
 """What a field may hold by the type that it has in ``DEFAULT``; where there is nothing, nothing too."""
 
+MOST = {
+    **dict.fromkeys(("num_layers", "num_res_blocks", "num_quantizers", "num_bits", "kmeans_iterations"), 200),
+    **dict.fromkeys(("ch", "max_ch", "ndf", "z_channels", "res_channels", "embedding_dim", "proj_dim"), 2**14),
+    **dict.fromkeys(("image_size", "resize_size", "widths"), 2**13),
+    **dict.fromkeys(("d_model", "num_groups", "num_phi", "cache_random_views", "num"), 2**16),
+    **dict.fromkeys(("batch_size", "mlp_width", "num_positions"), 2**20),
+    "num_codewords": 2**24,
+}
+"""The greatest value of sizes, by a field's last name. What is beyond is a slip, which the machine would find out only after
+hours, or by running out of memory."""
+
 
 def read_flags(argv: list[str]) -> tuple[ConfigDict, Path]:
     """Reads ``--config``, ``--workdir``, ``--manual_dir`` (short for ``--config.data.manual_dir``) and ``--config.FIELD=VALUE``
@@ -175,6 +186,8 @@ def _check_fields(config: ConfigDict, default: ConfigDict, prefix: str = "") -> 
             _check_fields(value, usual, f"{prefix}{name}.")
         elif not (_fits(value, kind, usual or ()) or (value is None and usual is None)):
             raise UserError(f"{prefix}{name} is {_shown(value)}, but must be {KINDS[kind]}")
+        elif name in MOST and any(item > MOST[name] for item in (value if kind is tuple else [value or 0])):
+            raise UserError(f"{prefix}{name} is {_shown(value)}, but must be at most {MOST[name]}")
 
 
 def _fits(value: Any, kind: type, usual: Any = ()) -> bool:

@@ -58,7 +58,7 @@ def check_range(
 
 
 leave: list[Callable[[int], NoReturn]] = [sys.exit]
-"""The last is how a command ends that has failed. A run of several processes adds its own, as these wait for each other at exit."""
+"""The last is how a command ends that has failed. A run of several processes adds its own: these wait for each other at exit."""
 
 
 def exit_on_user_error(command: Callable[..., T]) -> Callable[..., T]:

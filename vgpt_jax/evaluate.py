@@ -6,6 +6,7 @@ Prints a table of figures, and writes to ``DIR/evaluation``: ``metrics.json``, `
 """
 
 import json
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -120,7 +121,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{other[0]!r} is no flag of this (see --help)")
     if rest:
         config = read_flags([parser.prog, *rest, f"--workdir={workdir}"])[0]
-    elif (workdir / "config.json").is_file() or not (workdir / "tokenizer" / "model").is_dir():
+    elif os.path.isfile(workdir / "config.json") or not os.path.isdir(workdir / "tokenizer" / "model"):
         config = read_config(workdir)
     else:
         raise UserError(

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from vgpt_jax.command_line import CommandParser, add_process_flags
 from vgpt_jax.configuration import check_workdir, claim_workdir, read_flags
 from vgpt_jax.data.datasets import load_sources, make_views
@@ -29,7 +31,7 @@ from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
 from vgpt_jax.training.loop import train
 from vgpt_jax.training.preemption import listening
 from vgpt_jax.training.processes import first_does, join, say, together
-from vgpt_jax.training.sharding import describe, make_mesh
+from vgpt_jax.training.sharding import check_memory, describe, make_mesh
 from vgpt_jax.training.workdir_lock import claimed
 
 STAGES = {"tokenizer": tokenizer_stage, "generator": generator_stage, "classifier": classifier_stage}
@@ -66,8 +68,8 @@ def train_all(config, workdir: Path, profile: tuple[int, int] | None = None) -> 
     check_range("logging.keep_best", config.logging.keep_best, least=0)
     make_views(config.data, config.seed)
     mesh, sources = make_mesh(**config.mesh), _load_sources(config)
-    for module in modules.values():
-        module.plan(config, mesh, len(sources[0].class_names), workdir)
+    for name, module in modules.items():
+        check_memory(name, module.program(config, mesh, len(sources[0].class_names), workdir).state)
     with claimed(workdir):
         first_does(lambda: claim_workdir(workdir, config))
         try:
@@ -89,6 +91,13 @@ def train_all(config, workdir: Path, profile: tuple[int, int] | None = None) -> 
                 say(f"{name}: finished in {clock(time.monotonic() - begun)}")
         except OSError as error:
             raise UserError(f"{workdir} cannot be written ({error}): what was saved before is whole") from error
+        except jax.errors.JaxRuntimeError as error:
+            if not str(error).startswith("RESOURCE_EXHAUSTED"):
+                raise
+            raise UserError(
+                f"{name}: the memory does not suffice ({str(error).splitlines()[0]:.200}): take smaller batches, accumulate, "
+                "remat, a smaller model, or more devices; what was saved before is whole"
+            ) from error
 
 
 def _load_sources(config) -> tuple[Any, Any]:
@@ -101,7 +110,7 @@ def _load_sources(config) -> tuple[Any, Any]:
 
 def is_finished(directory: Path) -> bool:
     """Whether the stage of that folder has left its model, which it does last."""
-    return (directory / "model" / "metadata.json").is_file()
+    return os.path.isfile(directory / "model" / "metadata.json")  # unlike Path's, also where a name is too long for one
 
 
 def read_profile(text: str | None) -> tuple[int, int] | None:

@@ -20,6 +20,7 @@ from vgpt_jax.progress import progress
 
 SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
 LABELS = ("group", "subgroup")
+MAX_SIZE = 1024  # pixels; the set takes 6 GB then
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def load_emoji(
     if label not in LABELS:
         raise UserError(f"data.emoji_label is {label!r}, but must be one of {', '.join(LABELS)}")
     emoji = read_emoji_list(skin_tones)
-    check_range("data.image_size (or resize_size)", image_size, least=1)
+    check_range("data.image_size (or resize_size)", image_size, least=1, most=MAX_SIZE)
     images = _rendered(emoji, image_size, chosen_cache_dir(cache_dir))
     of_class = [getattr(e, label) for e in emoji]
     class_names = tuple(dict.fromkeys(of_class))

@@ -31,6 +31,7 @@ def read_image(file: Path | BinaryIO, name: str | None = None) -> np.ndarray:
       UserError: the file cannot be read as a picture.
     """
     try:
+        _check_is_file(file)
         with Image.open(file) as picture:
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I;16"):  # 16-bit grey, which convert("RGB") would clip
@@ -48,6 +49,7 @@ def read_image(file: Path | BinaryIO, name: str | None = None) -> np.ndarray:
 def why_unreadable(file: Path | BinaryIO) -> str | None:
     """The reason why a picture cannot be decoded to its end, or None where it can."""
     try:
+        _check_is_file(file)
         with Image.open(file) as picture:
             picture.getexif()  # `read_image` turns pictures upright by it
             picture.draft("RGB", (64, 64))  # JPEG: reads to the end, but decodes an eighth
@@ -55,6 +57,12 @@ def why_unreadable(file: Path | BinaryIO) -> str | None:
     except UNREADABLE as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return None
+
+
+def _check_is_file(file: Path | BinaryIO) -> None:
+    """Raises `OSError` for a pipe or a device: what opens one may wait for ever."""
+    if isinstance(file, Path) and file.exists() and not file.is_file():
+        raise OSError("it is no file")
 
 
 def check_on_corrupt(on_corrupt: str) -> None:
@@ -88,7 +96,7 @@ def report_corrupt(corrupt: Mapping[str, str], total: int, on_corrupt: str) -> N
 
 def is_held_out(name: str, percent: int) -> bool:
     """Whether a picture belongs to the held-out part: by a hash of its name."""
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()  # names of files need not be UTF-8
     return int.from_bytes(digest[:4], "big") % 100 < percent
 
 

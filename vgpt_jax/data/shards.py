@@ -39,6 +39,7 @@ SUFFIXES = (".tar", ".zip")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 LABEL_EXTENSIONS = (".cls", ".json", ".txt")  # the first that is beside a picture counts
 LABEL_KEYS = ("label", "cls", "class")
+MAX_CLASSES = 2**20  # each has a row of weights, whether a picture is of it or not
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 
 
@@ -125,6 +126,8 @@ def find_shards(folder: str) -> tuple[Path, ...]:
             raise UserError(
                 f"data.folder {folder!r} means {shard}, but must be a folder, or archives {', '.join(SUFFIXES)}"
             )
+        if not shard.is_file():
+            raise UserError(f"{shard} is no file, or a link to none: bring it again, or take it out of data.folder")
     return tuple(found)
 
 
@@ -268,13 +271,19 @@ def _label_in(member: Member, shards: tuple[Path, ...]) -> str | int | None:
     try:
         text = member.read(shards).decode().strip()
         value = json.loads(text) if member.name.endswith(".json") else text
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{shards[member.shard]}: {member.name} cannot be read ({error})") from error
     if isinstance(value, dict):
         value = next((value[k] for k in LABEL_KEYS if k in value), None)
     if value is None or value == "":
         return None
-    return int(value) if re.fullmatch(r"\d+", str(value)) else str(value)
+    if not re.fullmatch(r"[0-9]+", str(value)):
+        return str(value)
+    digits = str(value).lstrip("0") or "0"
+    if len(digits) > len(str(MAX_CLASSES)) or int(digits) >= MAX_CLASSES:
+        where = f"{shards[member.shard]}: {member.name}"
+        raise UserError(f"{where} says class {digits:.20}, but a number of a class must be below {MAX_CLASSES}")
+    return int(digits)
 
 
 def _names_and_labels(
@@ -317,7 +326,7 @@ def _classes(labels: list[str | int], beside: Path) -> tuple[tuple[str, ...], li
         try:
             text = file.read_text(encoding="utf-8")
             names = tuple(map(str, json.loads(text))) if file.suffix == ".json" else tuple(text.split("\n"))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{file} cannot be read ({error})") from error
         names = tuple(name.strip() for name in names if name.strip())
         if len(names) < count:

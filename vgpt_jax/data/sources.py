@@ -58,12 +58,16 @@ def remembered(path: Path, find_out: Callable[[], Any], what: str) -> Any:
     A folder that cannot be written is no obstacle: that is said on standard error, in the words of ``what``.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        found = find_out()
+        checksum, _, text = path.read_text().partition("\n")
+        if checksum == hashlib.sha256(text.encode()).hexdigest():
+            return json.loads(text)
+    except (OSError, ValueError):  # a file that is no text raises a ValueError
+        pass
+    found = find_out()
+    text = json.dumps(found)
     try:
         with written_whole(path) as unfinished:
-            unfinished.write_text(json.dumps(found))
+            unfinished.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
     except OSError as error:
         print(f"{what} could not be remembered in {path.parent} ({error})", file=sys.stderr)
     return found

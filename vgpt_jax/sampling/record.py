@@ -66,7 +66,7 @@ def read_record(path: Path) -> Record:
             picture.update(label=int(picture["label"]), index=int(picture["index"]), token_ids=picture["token_ids"])
     except OSError as error:
         raise UserError(f"there is no record {path} ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"there is no {error} in it" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is no record of vgpt_jax.sample ({reason})") from error
     return Record(settings, drawing, pictures)

@@ -220,8 +220,8 @@ class CheckpointStore:
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint, with the shardings of ``state``, whatever wrote it, and what was saved on the data.
 
-        Newer ones that are damaged are named on standard error and put aside. So is the first that a run has saved, where it is the
-        only one.
+        Newer ones that are damaged are named on standard error and put aside. So is the first that a run has saved, where it is
+        the only one.
 
         Args:
           state: arrays, or shapes with shardings.
@@ -326,7 +326,9 @@ def _on_cpu(state: TrainState) -> bool:
 
 def _raised_anyway(record: logging.LogRecord) -> bool:
     """Keeps Orbax from printing the traceback of an error that it also raises, and that is a line here."""
-    never_read = record.name == "asyncio" and "never retrieved" in str(record.msg)  # Orbax gathers several, and reads one
+    never_read = record.name == "asyncio" and "never retrieved" in str(
+        record.msg
+    )  # Orbax gathers several, and reads one
     return not (record.exc_info and ("orbax" in record.pathname or never_read))
 
 

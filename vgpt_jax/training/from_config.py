@@ -39,7 +39,9 @@ def check_training(mesh: Mesh, name: str, config: Any) -> None:
     choose(f"{name}.remat", training.remat, POLICIES)
     choose(f"{name}.model_from", training.model_from, dict.fromkeys(MODEL_FROM))
     if training.model_from == "best" and config.logging.keep_best < 1:
-        raise UserError(f'{name}.model_from is "best", but logging.keep_best is {config.logging.keep_best}: keep at least 1')
+        raise UserError(
+            f'{name}.model_from is "best", but logging.keep_best is {config.logging.keep_best}: keep at least 1'
+        )
 
 
 def tokenizer_arguments(config) -> dict[str, Any]:

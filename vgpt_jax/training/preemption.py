@@ -26,7 +26,7 @@ EXIT_STATUS = os.EX_TEMPFAIL
 """75: stopped because it was told to; the same command goes on from there."""
 
 AGAIN_SECONDS = 5
-"""A SIGTERM counts as the second after so long: a system that shuts down, and a launcher that hears of it, both send the first."""
+"""A SIGTERM counts as the second after so long: a system that shuts down and a launcher that hears of it both send the first."""
 
 TOLD = "told to stop (SIGTERM)"
 

@@ -27,6 +27,7 @@ from vgpt_jax.models.inception import InceptionV3
 from vgpt_jax.models.tokenizer import Tokenizer
 from vgpt_jax.models.vgg16 import VGG16
 from vgpt_jax.models.vit import ViT
+from vgpt_jax.training.manifest import MANIFEST, damage, shapes_of, write_manifest
 from vgpt_jax.training.processes import first_does, together
 from vgpt_jax.training.sharding import on_every_host
 
@@ -94,6 +95,7 @@ def save_model(
 
     def put_in_place() -> None:
         (unfinished / "metadata.json").write_text(json.dumps(written, indent=2) + "\n")
+        write_manifest(unfinished / "weights", shapes_of(state))
         if directory.exists():
             shutil.rmtree(directory)
         unfinished.rename(directory)
@@ -183,14 +185,22 @@ def load_model(
     weights = nnx.to_pure_dict(state)
     shardings = sharding(weights) if callable(sharding) else jax.tree.map(lambda _: sharding, weights)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), weights, shardings)
+    first_does(lambda: _check_whole(Path(directory)))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             weights = checkpointer.restore(Path(directory).absolute() / "weights", abstract)
     except Exception as error:  # Orbax and tensorstore raise what they like for files that are not whole
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the weights in {directory} cannot be read: {reason}") from error
+        raise UserError(f"the weights in {directory} cannot be read: {reason:.300}") from error
     nnx.replace_by_pure_dict(state, weights)
     return nnx.merge(graph, state), metadata
+
+
+def _check_whole(directory: Path) -> None:
+    """Raises `UserError` where weights are not as they were written, which Orbax does not see of every bit. In a folder of an
+    earlier version nothing tells."""
+    if (directory / "weights" / MANIFEST).is_file() and (wrong := damage(directory / "weights")):
+        raise UserError(f"the weights in {directory} are damaged ({wrong}): bring them back, or train or convert again")
 
 
 def fingerprint(arguments: dict[str, Any], state: Any) -> str:

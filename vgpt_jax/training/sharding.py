@@ -7,6 +7,7 @@ of the optimizer's moments and of the averages end in, too.
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -203,6 +204,24 @@ def place_on(mesh: Mesh, module: nnx.Module) -> nnx.Module:
         x if getattr(x, "sharding", None) and x.sharding.device_set == devices else replicate(mesh, x)
     )
     return nnx.merge(graph, jax.tree.map(place, state))
+
+
+def check_memory(name: str, state: Any) -> None:
+    """Raises `UserError` where a device has less memory than its part of a state of training takes.
+
+    Args:
+      name: of the stage.
+      state: as shapes with their shardings.
+    """
+    arrays = jax.tree.leaves(state)
+    needed = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+    there = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    there = there or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"{name}: its weights and what the optimizer keeps take {needed / 1e9:,.0f} GB a device, which has "
+            f"{there / 1e9:,.0f}: make the model smaller, or share it among more devices (mesh.fsdp, mesh.tensor)"
+        )
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, field: str, parts: int = 1) -> None:

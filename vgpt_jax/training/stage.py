@@ -47,8 +47,8 @@ class Stage:
       state: of step 0, on the mesh, freshly drawn.
       start: what is done to it before the first step, unless there is a checkpoint (``init_from``).
       identity: what the state depends on besides the config (data, tokenizer); a checkpoint of another is refused.
-      train_steps: steps done -> the step from there on, jitted, donating its state, ``(state, batch, frozen) -> (state, metrics)``.
-        Metrics are float scalars, "skipped" and "skipped_in_a_row" (`skip_counts`) among them. One key is 0.
+      train_steps: steps done -> the step from there on, jitted, donating its state: ``(state, batch, frozen) -> (state,
+        metrics)``. Metrics are float scalars, "skipped" and "skipped_in_a_row" (`skip_counts`) among them. One key is 0.
       frozen: weights that the step reads, or None.
       batches: endless; has ``get_state`` and ``set_state``; gives this process's rows.
       batch_size: examples of a step, over all devices.
