@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from vgpt_jax import evaluate, sample
 from vgpt_jax.errors import UserError
 from vgpt_jax.training import processes
 from vgpt_jax.training.processes import cluster_is_around, first_does, join, together
@@ -93,25 +94,31 @@ def alone(flags, tmp_path_factory) -> Path:
     return workdir
 
 
-@pytest.fixture(scope="module")
-def changing(flags, tmp_path_factory) -> Path:
-    """Begun by four processes, weights split over two and layers over two; told to stop; gone on with by one, which is told to
-    stop in the next stage; finished by two."""
+SPLIT = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+SHORT = [  # processes, more flags, and where they are told to stop, if they are
+    (4, [*SPLIT, "--config.stages=classifier"], "classifier  step 4/"),
+    (1, ["--config.stages=classifier"], None),
+    (2, [], None),
+]
+LONG = [
+    (4, SPLIT, "tokenizer  step 7/"),
+    (1, [], "generator  step 5/"),
+    (2, ["--config.mesh.tensor=2"], "classifier  step 4/"),
+    (4, SPLIT, None),
+]
+
+
+@pytest.fixture(scope="module", params=[SHORT, pytest.param(LONG, marks=pytest.mark.long)], ids=["short", "long"])
+def changing(request, flags, tmp_path_factory) -> Path:
+    """The same training, gone on with by other numbers of processes, on other meshes."""
     workdir = tmp_path_factory.mktemp("changing")
-    command = ["vgpt_jax.main", "--config=configs/emoji.py", f"--workdir={workdir}", *flags]
-    split = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
-    statuses, outputs = run(4, [*command, *split], terminate_at="tokenizer  step 7/")
-    assert statuses == [75] * 4, outputs
-    assert "4 processes" in "".join(outputs) or (workdir / "tokenizer").is_dir()
-    assert not (workdir / "tokenizer" / "model").exists(), "stopped too late to test anything"
-    statuses, outputs = run(1, command, terminate_at="generator  step 5/")
-    assert statuses == [75], outputs
-    assert "tokenizer: resuming at step" not in outputs[0]  # read before the line waited for
-    assert not (workdir / "generator" / "model").exists()
-    statuses, outputs = run(2, command)
-    assert statuses == [0, 0], outputs
-    assert "generator: resuming at step" in outputs[0]
-    assert "step" not in outputs[1]  # one logs
+    for count, more, stop_at in request.param:
+        arguments = ["vgpt_jax.main", "--config=configs/emoji.py", f"--workdir={workdir}", *flags, *more]
+        statuses, outputs = run(count, arguments, terminate_at=stop_at)
+        assert statuses == [0 if stop_at is None else 75] * count, outputs
+        assert not any("step" in output for output in outputs[1:])  # one logs
+        if stop_at is not None:
+            assert not (workdir / stop_at.split()[0] / "model").exists(), "stopped too late to test anything"
     return workdir
 
 
@@ -145,21 +152,23 @@ def test_the_token_cache_is_the_same(alone, changing):
 
 
 def test_two_processes_measure_and_draw_what_one_does(alone, tmp_path):
-    arguments = ["vgpt_jax.evaluate", "--num", "1", "--accept_n", "2", "--workdir"]
-    draw = ["vgpt_jax.sample", "--cls_name", "flags", "animals", "--accept_n", "3", "--from_pretrained", str(alone)]
-    figures, records = [], []
-    for count in (1, 2):
-        statuses, outputs = run(count, [*arguments, str(alone)])
-        assert statuses == [0] * count, outputs
-        figures.append(json.loads((alone / "evaluation" / "metrics.json").read_text()))
-        statuses, outputs = run(count, [*draw, "--save_path", str(tmp_path / f"{count}.gif")])
-        assert statuses == [0] * count, outputs
-        records.append(json.loads((tmp_path / f"{count}.json").read_text())["pictures"])
-    assert figures[0].keys() == figures[1].keys()
-    for name, value in figures[0].items():
+    measure = ["--num", "1", "--accept_n", "2", "--workdir", str(alone)]
+    draw = ["--cls_name", "flags", "animals", "--accept_n", "3", "--from_pretrained", str(alone), "--save_path"]
+    evaluate.main(measure)
+    expected = json.loads((alone / "evaluation" / "metrics.json").read_text())
+    sample.main([*draw, str(tmp_path / "one.gif")])
+    for arguments in (["vgpt_jax.evaluate", *measure], ["vgpt_jax.sample", *draw, str(tmp_path / "two.gif")]):
+        statuses, outputs = run(2, arguments)
+        assert statuses == [0, 0], outputs
+    found = json.loads((alone / "evaluation" / "metrics.json").read_text())
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
         if not name.endswith("seconds"):
-            np.testing.assert_allclose(figures[1][name], value, rtol=1e-4, err_msg=name)
-    assert [p["token_ids"] for p in records[0]] == [p["token_ids"] for p in records[1]]
+            np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
+    ids = [
+        [p["token_ids"] for p in json.loads((tmp_path / f"{n}.json").read_text())["pictures"]] for n in ("one", "two")
+    ]
+    assert ids[0] == ids[1]
 
 
 def test_an_error_of_one_process_ends_all_with_its_line(tmp_path):
