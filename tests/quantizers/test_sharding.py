@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, Mesh
 
 from vgpt_jax import VectorQuantize
 from vgpt_jax.training.sharding import make_mesh, replicate, shard_batch
@@ -72,7 +71,7 @@ def run(options, mesh):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_eight_devices_take_the_steps_of_one(name):
-    one_device = Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    one_device = make_mesh(devices=jax.devices()[:1])
     eight_devices = make_mesh()
     assert eight_devices.size == 8
     ones, eights = run(VARIANTS[name], one_device), run(VARIANTS[name], eight_devices)

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, Mesh
 
 from vgpt_jax import UserError
 from vgpt_jax.quantizers.quantizer import Buffer
@@ -78,7 +77,7 @@ def test_every_step_has_a_key_of_its_own_that_depends_on_nothing_else():
 @pytest.mark.parametrize("devices", [1, 8])
 def test_no_two_arrays_of_a_fresh_state_share_memory(devices):
     """A step donates its state, and no memory can be given away twice."""
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
+    mesh = make_mesh(devices=jax.devices()[:devices])
     _, state = create_sharded_state(Line, optax.adam(0.1), 0, mesh, averaged=True)
     discriminator = replicate(mesh, DiscriminatorState.of(create_sharded_state(Line, optax.adam(0.1), 1, mesh)[1]))
     state = TokenizerState(**vars(state), discriminator=discriminator)

@@ -10,7 +10,6 @@ import optax
 import pytest
 import torch
 from flax import nnx
-from jax.sharding import AxisType, Mesh
 
 from vgpt_jax.models.layers import DTYPES
 from vgpt_jax.models.patchgan import PatchGAN
@@ -23,6 +22,7 @@ from vgpt_jax.training.tokenizer_step import (
     DiscriminatorState,
     Recipe,
     TokenizerState,
+    learn,
     make_train_step,
     play,
 )
@@ -232,7 +232,11 @@ def rounds():
             state = SimpleNamespace(step=step, discriminator=before)
             adversary = Adversary(graph, optimizer, weight=0.8, heard_from=6, ramp_steps=ramp_steps, **options)
             # The last layer's gradient is three times that of the image.
-            return play(adversary, state, real, fake, rec_cotangent, lambda g: [3.0 * g], key)
+            wanted, weight, gradients, metrics = play(
+                adversary, state, real, fake, rec_cotangent, lambda g: [3.0 * g], key
+            )
+            after = learn(adversary, before, gradients, metrics)
+            return wanted, weight, after, metrics | {GRADIENT: optax.tree.norm(gradients)}
 
         played = {name: play_at(100, **options) for name, options in ROUNDS.items()}
         ramp = jax.vmap(lambda step: play_at(step)[1])(steps)
@@ -340,7 +344,7 @@ def compiled(dtype="float32", with_adversary=True):
 
 
 def one_device():
-    return Mesh(np.array(jax.devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    return make_mesh(devices=jax.devices()[:1])
 
 
 def batch(index, mesh=None, broken_by=None):
