@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from vgpt_jax.data.loader import evaluation_batches, training_batches
-from vgpt_jax.errors import UserError
 
 
 class Numbers:
@@ -71,16 +70,13 @@ def test_position_before_the_first_batch_is_kept():
     np.testing.assert_array_equal(stream(batches(3, state=state)), stream(batches(3)))
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("parts", [([0, 1], [2, 3]), ([0], [1], [2], [3]), ([0, 2], [1, 3])])
 @pytest.mark.parametrize("name", ["index", "draw"])
-def test_processes_together_give_the_batches_of_one(count, name):
+def test_the_rows_of_all_processes_are_the_batches_of_one(parts, name):
     alone = batches(6)
-    parts = [batches(6, process_index=index, process_count=count) for index in range(count)]
-    for step, batch in enumerate(alone):
-        together = np.empty_like(batch[name])
-        for index, part in enumerate(parts):
-            together[index::count] = part[step][name]
-        np.testing.assert_array_equal(together, batch[name])
+    for rows in parts:
+        for batch, mine in zip(alone, batches(6, rows=rows), strict=True):
+            np.testing.assert_array_equal(mine[name], batch[name][rows])
 
 
 def test_position_of_one_process_is_that_of_two():
@@ -89,14 +85,17 @@ def test_position_of_one_process_is_that_of_two():
         next(iterator)
     state = iterator.get_state()
     expected = next(iterator)["index"]
-    for index in range(2):
-        (batch,) = batches(1, state=state, process_index=index, process_count=2)
-        np.testing.assert_array_equal(batch["index"], expected[index::2])
+    for rows in ([0, 1], [2, 3]):
+        (batch,) = batches(1, state=state, rows=rows)
+        np.testing.assert_array_equal(batch["index"], expected[rows])
 
 
-def test_batch_that_cannot_be_split_over_processes_is_refused():
-    with pytest.raises(UserError, match="batch_size is 4.*multiple of the 3 processes"):
-        training_batches(Numbers(), with_draw, batch_size=4, seed=0, process_index=0, process_count=3)
+def test_evaluation_loads_the_rows_that_are_asked_for():
+    whole = list(evaluation_batches(Numbers(), lambda example: example, batch_size=4))
+    mine = list(evaluation_batches(Numbers(), lambda example: example, batch_size=4, rows=[1, 3]))
+    for batch, part in zip(whole, mine, strict=True):
+        for name in batch:
+            np.testing.assert_array_equal(part[name], batch[name][[1, 3]])
 
 
 def test_evaluation_is_one_pass_in_order_with_the_rest_masked():
