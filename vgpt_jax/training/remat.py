@@ -9,10 +9,16 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vgpt_jax.models.layers import BLOCK
-from vgpt_jax.training.sharding import BATCH_AXES, TOGETHER, brought_together
+from vgpt_jax.training.sharding import BATCH_AXES, brought_together
+
+
+def _all_but_whole_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps everything but what `brought_together` gives, which are the only constraints on sharding in a forward pass."""
+    return primitive.name != "sharding_constraint"
+
 
 POLICIES = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(TOGETHER),
+    "none": _all_but_whole_weights,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "blocks": jax.checkpoint_policies.save_only_these_names(BLOCK),
 }

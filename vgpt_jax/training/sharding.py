@@ -117,27 +117,19 @@ def spec(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
 def brought_together(mesh: Mesh, params: Any) -> Any:
     """Parameters for a step's use: whole along "fsdp". Their gradients come back split as they are.
 
-    They carry the name ``TOGETHER``, by which `remat.economical` has them brought together again for the backward pass instead
-    of kept.
+    `remat.economical` has them brought together again for the backward pass instead of kept.
     """
     return jax.tree.map_with_path(lambda path, x: _together(mesh, spec(mesh, path, x.shape), x), params)
-
-
-TOGETHER = "together"
 
 
 def _together(mesh: Mesh, split: PartitionSpec, x: jax.Array) -> jax.Array:
     if "fsdp" not in split:
         return x
     whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in split))
-
-    @jax.custom_vjp
-    def together(x):
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, whole))
-
-    back = lambda _, g: (jax.lax.with_sharding_constraint(g, NamedSharding(mesh, split)),)  # noqa: E731
-    together.defvjp(lambda x: (together(x), None), back)
-    return jax.ad_checkpoint.checkpoint_name(together(x), TOGETHER)
+    placed = lambda x, where: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, where))  # noqa: E731
+    together = jax.custom_vjp(lambda x: placed(x, whole))
+    together.defvjp(lambda x: (placed(x, whole), None), lambda _, gradient: (placed(gradient, split),))
+    return together(x)
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
