@@ -54,6 +54,12 @@ ACCELERATORS = {  # by `jax.Device.device_kind`
 }
 
 
+def peak_bandwidth(device_kind: str) -> float | None:
+    """The peak of a device's memory in bytes/s, or None where none is known."""
+    found = ACCELERATORS.get(device_kind)
+    return None if found is None else found.memory_rate
+
+
 def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
     """The peak of a device in FLOP/s, or None where none is known: of a CPU, of an accelerator that is not in the table.
 

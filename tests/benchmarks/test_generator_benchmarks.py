@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from vgpt_jax.benchmarks import gpt_step, sampling
-from vgpt_jax.benchmarks.device import measured_bandwidths, measured_flops, peak_bandwidth
+from vgpt_jax.benchmarks.device import measured_bandwidths, measured_flops
+from vgpt_jax.hardware import peak_bandwidth
 from vgpt_jax.models.gpt import GPT, SIZES
 
 TINY = {"d_model": 8, "num_layers": 2, "num_heads": 2}

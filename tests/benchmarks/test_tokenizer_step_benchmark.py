@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from vgpt_jax.benchmarks import tokenizer_step
-from vgpt_jax.benchmarks.device import operations_of, peak_flops, time_by_operation
+from vgpt_jax.benchmarks.device import operations_of, time_by_operation
 from vgpt_jax.benchmarks.torch_tokenizer import TokenizerTraining
+from vgpt_jax.hardware import peak_flops
 
 
 def test_both_steps_have_the_same_losses(monkeypatch):

@@ -12,36 +12,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-PEAKS = {  # dense matrix products, FLOP/s, from the makers' data sheets; float32 is TF32 on GPUs
-    "H100": {"bfloat16": 989e12, "float32": 495e12},
-    "H200": {"bfloat16": 989e12, "float32": 495e12},
-    "A100": {"bfloat16": 312e12, "float32": 156e12},
-    "TPU v4": {"bfloat16": 275e12},
-    "TPU v5 lite": {"bfloat16": 197e12},
-    "TPU v5p": {"bfloat16": 459e12},
-    "TPU v6 lite": {"bfloat16": 918e12},
-}
-
-BANDWIDTHS = {  # of the memory, bytes/s, from the makers' data sheets
-    "H100": 3.35e12,
-    "H200": 4.8e12,
-    "A100": 2.0e12,
-    "TPU v4": 1.2e12,
-    "TPU v5 lite": 0.82e12,
-    "TPU v5p": 2.77e12,
-    "TPU v6 lite": 1.64e12,
-}
-
-
-def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """The peak of a device in FLOP/s, or None where it is not known."""
-    return next((rates.get(dtype) for name, rates in PEAKS.items() if name in device_kind), None)
-
-
-def peak_bandwidth(device_kind: str) -> float | None:
-    """The peak of a device's memory in bytes/s, or None where it is not known."""
-    return next((rate for name, rate in BANDWIDTHS.items() if name in device_kind), None)
-
 
 def measured_bandwidths(rows: int = 8192) -> dict[str, float]:
     """Bytes/s at which XLA reads a matrix of ``rows`` by ``rows`` float32 (256 MiB), in two programs with all cores, by name."""

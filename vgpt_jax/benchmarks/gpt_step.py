@@ -15,9 +15,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from vgpt_jax.benchmarks.device import measured_flops, peak_flops, print_parts, seconds_of, time_by_operation
+from vgpt_jax.benchmarks.device import measured_flops, print_parts, seconds_of, time_by_operation
 from vgpt_jax.benchmarks.sampling import load_peer, new_gpt, params_in_products
 from vgpt_jax.errors import check_range, exit_on_user_error
+from vgpt_jax.hardware import peak_flops
 from vgpt_jax.host_memory import accelerator_is_installed, keep_freed_memory
 from vgpt_jax.models.gpt import GPT, SIZES
 from vgpt_jax.progress import progress

@@ -23,8 +23,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from vgpt_jax.benchmarks.device import measured_bandwidths, measured_flops, peak_bandwidth, seconds_of
+from vgpt_jax.benchmarks.device import measured_bandwidths, measured_flops, seconds_of
 from vgpt_jax.errors import check_range, exit_on_user_error
+from vgpt_jax.hardware import peak_bandwidth
 from vgpt_jax.host_memory import accelerator_is_installed, keep_freed_memory
 from vgpt_jax.models.gpt import GPT, SIZES
 from vgpt_jax.progress import progress

@@ -14,8 +14,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vgpt_jax.benchmarks.device import operations_of, peak_flops, print_parts, seconds_of, time_by_operation
+from vgpt_jax.benchmarks.device import operations_of, print_parts, seconds_of, time_by_operation
 from vgpt_jax.errors import check_range, exit_on_user_error
+from vgpt_jax.hardware import peak_flops
 from vgpt_jax.host_memory import accelerator_is_installed, keep_freed_memory
 from vgpt_jax.models.patchgan import PatchGAN
 from vgpt_jax.models.tokenizer import Tokenizer
