@@ -23,7 +23,7 @@ FLOORS = [  # from the ground up; a module imports from floors below its own, an
      "pretrained", "training.diff_augment"},
     {"sampling.rerank", "training.stage", "training.tokenizer_step"},
     {"training.loop", "training.tokenizer_stage", "training.generator_stage", "training.classifier_stage"},
-    {"evaluation.measure"},
+    {"evaluation.measure", "training.stages"},
     {"main", "sample", "evaluate", "convert", "prepare", "compile_ahead"},
     {"benchmarks"},
 ]  # fmt: skip

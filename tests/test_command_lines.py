@@ -165,7 +165,7 @@ def test_main_says_what_is_wrong(run_main, error_of, tmp_path, arguments, named)
 
 @pytest.fixture
 def tiny_arguments(tiny_overrides):
-    return [f"--config.{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in tiny_overrides.items()]
+    return [f"--config.{name}={value}" for name, value in tiny_overrides.items()]
 
 
 @pytest.mark.parametrize(
@@ -196,6 +196,10 @@ def tiny_arguments(tiny_overrides):
         ("--config.sampling.top_k=33", "top_k is 33"),
         ("--config.logging.log_every=0", "logging.log_every is 0"),
         ("--config.logging.keep_checkpoints=0", "logging.keep_checkpoints is 0"),
+        (
+            "--config.generator_training.model_from=best --config.logging.keep_best=0",
+            'generator_training.model_from is "best", but logging.keep_best',
+        ),
         ("--config.seed=-1", "seed is -1"),
         ("--config.data.image_size=8", "data.image_size is 8"),
         ("--config.data.held_out_percent=0", "held_out_percent is 0"),
@@ -203,7 +207,7 @@ def tiny_arguments(tiny_overrides):
 )
 def test_a_config_that_cannot_be_built_is_one_line(run_main, error_of, tmp_path, tiny_arguments, argument, named):
     assert named in error_of(
-        run_main, "--config=configs/emoji.py", f"--workdir={tmp_path}/x", *tiny_arguments, argument
+        run_main, "--config=configs/emoji.py", f"--workdir={tmp_path}/x", *tiny_arguments, *argument.split()
     )
     assert not (tmp_path / "x").exists()  # found out before anything is trained or claimed
 

@@ -8,21 +8,19 @@ import pytest
 from flax import nnx
 
 from vgpt_jax.models.gpt import GPT
-from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
 from vgpt_jax.training.from_config import (
     abstract_tokenizer,
     gpt_arguments,
 )
 from vgpt_jax.training.sharding import make_mesh
+from vgpt_jax.training.stages import STAGES
+from vgpt_jax.training.tokenizer_stage import plan_adversary
 
 CONFIGS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
 
 
 def get_config(name: str):
     return importlib.import_module(f"configs.{name}").get_config()
-
-
-STAGES = {"tokenizer": tokenizer_stage, "generator": generator_stage, "classifier": classifier_stage}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -51,7 +49,7 @@ def test_stanford_dogs_is_as_published():
     assert tokenizer.quantizer.codebook.shape == (4096, 12)
     assert tokenizer.encoder.downsampling == 16
     assert [len(level.attentions) for level in tokenizer.encoder.levels] == [0, 0, 0, 0, 2]
-    _, adversary, first = tokenizer_stage.plan_adversary(config)
+    _, adversary, first = plan_adversary(config)
     assert (first, adversary.heard_from, adversary.ramp_steps, adversary.loss) == (50_000, 50_000, 0, "hinge")
     assert (adversary.weight, adversary.max_adaptive_weight, adversary.lecam_weight) == (0.8, 1e4, 0.0)
     arguments = gpt_arguments(config, tokenizer, 120)

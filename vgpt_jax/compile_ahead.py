@@ -35,13 +35,12 @@ from vgpt_jax.models.classifier import ConvClassifier
 from vgpt_jax.models.gpt import GPT
 from vgpt_jax.sampling.parallel import group_sizes
 from vgpt_jax.sampling.program import Batch, ClassifierScore, Plan, draw_pictures
-from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
+from vgpt_jax.training import generator_stage
 from vgpt_jax.training.compile_report import Job, advice, compiled_report, table
 from vgpt_jax.training.from_config import classifier_arguments, gpt_arguments, trained_tokenizer
-from vgpt_jax.training.sharding import make_mesh, num_shards, of_batches, of_state
-from vgpt_jax.training.state import TrainState
-
-STAGES = {"tokenizer": tokenizer_stage, "generator": generator_stage, "classifier": classifier_stage}
+from vgpt_jax.training.sharding import bytes_of, make_mesh, num_shards, of_batches, of_state
+from vgpt_jax.training.stages import STAGES
+from vgpt_jax.training.state import TrainState, abstract
 
 EXAMPLES = "v5e:2x2, v5e:16x16, v6e:4x4, v4:2x2x2, v5p:4x4x4"
 
@@ -104,13 +103,6 @@ def num_classes_of(data) -> int:
     return features["label"].num_classes
 
 
-def bytes_of(tree: Any) -> int:
-    """What a device holds of a tree of shapes with shardings, without what layouts pad."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-
-
 def parts_of_state(state: TrainState) -> dict[str, int]:
     """Bytes of a device for the parts of a training state."""
     parts = {"parameters": state.params, "optimizer": state.opt_state, "averages": state.averages}
@@ -161,9 +153,7 @@ def sampler_job(config, mesh: Mesh, num_classes: int, workdir: Path, pictures: i
         of_classifier = classifier_arguments(config, num_classes)
         scorer = nnx.eval_shape(lambda: ClassifierScore(ConvClassifier(**of_classifier, rngs=nnx.Rngs(0)), value_range))
     graph, weights = nnx.split((gpt, tokenizer, scorer))
-    weights = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), weights, of_state(mesh, weights)
-    )
+    weights = abstract(weights, of_state(mesh, weights))
     shards, sizes = num_shards(mesh), ()
     if drawing.num_steps:
         sizes = tuple(map(int, group_sizes(gpt.num_tokens, drawing.num_steps)))

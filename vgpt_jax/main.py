@@ -27,14 +27,12 @@ from vgpt_jax.data.tfds_prepare import QUIET_TENSORFLOW
 from vgpt_jax.errors import UserError, check_range, choose, exit_on_user_error
 from vgpt_jax.host_memory import accelerator_is_installed, keep_freed_memory
 from vgpt_jax.progress import clock
-from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
 from vgpt_jax.training.loop import train
 from vgpt_jax.training.preemption import listening
 from vgpt_jax.training.processes import first_does, join, say, together
 from vgpt_jax.training.sharding import check_memory, describe, make_mesh
+from vgpt_jax.training.stages import STAGES
 from vgpt_jax.training.workdir_lock import claimed
-
-STAGES = {"tokenizer": tokenizer_stage, "generator": generator_stage, "classifier": classifier_stage}
 
 
 def train_all(config, workdir: Path, profile: tuple[int, int] | None = None) -> None:

@@ -40,7 +40,7 @@ TINY = {
 def run(dogs, tmp_path_factory):
     """The workdir of a run that prepared its data set itself."""
     workdir = tmp_path_factory.mktemp("stfdogs") / "run"
-    overrides = [f"--config.{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in TINY.items()]
+    overrides = [f"--config.{name}={value}" for name, value in TINY.items()]
     data = [f"--config.data.data_dir={workdir.parent / 'data'}", f"--manual_dir={dogs.archives}"]
     line = ["main", "--config=configs/stfdogs.py", f"--workdir={workdir}", *data, *overrides]
     with pytest.MonkeyPatch.context() as patch:

@@ -4,7 +4,7 @@ undisturbed run gives.
     python tests/reliability/torture.py --disturbances 30 --seed 0
 
 It is killed (SIGKILL), told to stop (SIGTERM), killed and robbed of a piece of its newest checkpoint, and left without room on
-its disk, a small tmpfs (for which one has to be allowed to mount). `test_resume.py` does some of it in the suite.
+its disk, a small tmpfs (for which one has to be allowed to mount). `test_torture.py` does some of it in the suite.
 """
 
 import argparse
@@ -68,7 +68,7 @@ class Disturbance:
 def command(overrides: dict) -> list[str]:
     """The command line of the small training, without its workdir."""
     fields = overrides | FIELDS
-    flags = [f"--config.{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in fields.items()]
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
     return [sys.executable, "-m", "vgpt_jax.main", "--config=configs/emoji.py", *flags]
 
 

@@ -47,7 +47,7 @@ def flags(tiny_overrides) -> list[str]:
             "sampling.num": 1,
         }
     )
-    return [f"--config.{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in fields.items()]
+    return [f"--config.{name}={value}" for name, value in fields.items()]
 
 
 def free_port() -> int:

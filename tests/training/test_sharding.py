@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec
 
 from vgpt_jax.errors import UserError
 from vgpt_jax.models.gpt import GPT
-from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
 from vgpt_jax.training.sharding import (
     brought_together,
     check_batch_size,
@@ -22,9 +21,9 @@ from vgpt_jax.training.sharding import (
     on_every_host,
     shard_batch,
 )
+from vgpt_jax.training.stages import STAGES
 from vgpt_jax.training.state import create_sharded_state
 
-STAGES = {"tokenizer": tokenizer_stage, "generator": generator_stage, "classifier": classifier_stage}
 PASS_ZERO = ("real_logits", "fake_logits", "adversarial", "loss")
 """Means of both signs, which have no relative precision, and what they are added to."""
 STEPS = 20

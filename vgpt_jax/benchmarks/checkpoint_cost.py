@@ -20,12 +20,11 @@ from vgpt_jax.command_line import CommandParser
 from vgpt_jax.errors import check_range, exit_on_user_error
 from vgpt_jax.host_memory import accelerator_is_installed, keep_freed_memory
 from vgpt_jax.progress import progress
-from vgpt_jax.training import classifier_stage, generator_stage, tokenizer_stage
 from vgpt_jax.training.checkpoint import CheckpointStore
 from vgpt_jax.training.sharding import make_mesh
 from vgpt_jax.training.stage import Program
+from vgpt_jax.training.stages import STAGES
 
-STAGES = {"tokenizer": tokenizer_stage, "generator": generator_stage, "classifier": classifier_stage}
 NUM_CLASSES = 9
 
 

@@ -25,9 +25,8 @@ from vgpt_jax.training.state import (
     TrainState,
     apply_gradients,
     compiled_step,
-    create_state,
     merge_model,
-    planned_state,
+    planned_model_state,
     skip_counts,
     skip_if_not_finite,
     start_from,
@@ -94,9 +93,9 @@ def program(config, mesh: Mesh, num_classes: int, workdir: Path) -> Program:
     """
     training = config.classifier_training
     arguments, optimizer = plan(config, mesh, num_classes, workdir)
-    make_model = lambda: ConvClassifier(**arguments, rngs=nnx.Rngs(config.seed))  # noqa: E731
-    graph, _ = nnx.split(nnx.eval_shape(make_model))
-    state, create = planned_state(lambda: create_state(make_model(), optimizer, config.seed)[1], mesh)
+    graph, state, create = planned_model_state(
+        lambda rngs: ConvClassifier(**arguments, rngs=rngs), optimizer, config.seed, mesh
+    )
     options = {name: training[name] for name in ("label_smoothing", "remat", "accumulate")}
     step = compiled_step(make_train_step(graph, optimizer, mesh, **options), state, mesh)
     size, over = config.data.image_size, of_batches(mesh)

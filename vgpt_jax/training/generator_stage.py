@@ -37,8 +37,7 @@ from vgpt_jax.training.state import (
     apply_gradients,
     averaged_model,
     compiled_step,
-    create_state,
-    planned_state,
+    planned_model_state,
     skip_counts,
     skip_if_not_finite,
     start_from,
@@ -252,11 +251,8 @@ def program(config, mesh: Mesh, num_classes: int, workdir: Path) -> Program:
     """
     training = config.generator_training
     arguments, optimizer = plan(config, mesh, num_classes, workdir)
-    make_model = lambda: GPT(**arguments, rngs=nnx.Rngs(config.seed))  # noqa: E731
-    graph, _ = nnx.split(nnx.eval_shape(make_model))
-    averaged = training.ema_decay > 0
-    state, create = planned_state(
-        lambda: create_state(make_model(), optimizer, config.seed, averaged=averaged)[1], mesh
+    graph, state, create = planned_model_state(
+        lambda rngs: GPT(**arguments, rngs=rngs), optimizer, config.seed, mesh, averaged=training.ema_decay > 0
     )
     options = {"ema_decay": training.ema_decay, "remat": training.remat, "accumulate": training.accumulate}
     steps = {

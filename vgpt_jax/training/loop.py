@@ -63,8 +63,6 @@ def train(
         whole, and named); or the checkpoints are of other data, or all damaged.
       SystemExit: the process was told to stop (`preemption`); the state is saved.
     """
-    if model_from == "best" and logging.keep_best < 1:
-        raise UserError('model_from is "best", but logging.keep_best is 0: let it be at least 1')
     store = CheckpointStore(directory / "checkpoints", logging.keep_checkpoints, logging.keep_best, best=stage.best[1])
     try:
         state, owed = _first_state(stage, store, directory)

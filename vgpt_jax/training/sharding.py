@@ -198,6 +198,11 @@ def place_on(mesh: Mesh, module: nnx.Module) -> nnx.Module:
     return nnx.merge(graph, jax.tree.map(place, state))
 
 
+def bytes_of(tree: Any) -> int:
+    """What a device holds of a tree of arrays, or of shapes with shardings, without what layouts pad."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def check_memory(name: str, state: Any) -> None:
     """Raises `UserError` where a device has less memory than its part of a state of training takes.
 
@@ -205,8 +210,7 @@ def check_memory(name: str, state: Any) -> None:
       name: of the stage.
       state: as shapes with their shardings.
     """
-    arrays = jax.tree.leaves(state)
-    needed = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+    needed = bytes_of(state)
     there = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     there = there or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:

@@ -132,18 +132,24 @@ def abstract(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def create_sharded_state(
+def planned_model_state(
     build: Callable[[nnx.Rngs], nnx.Module],
     optimizer: optax.GradientTransformation,
     seed: int,
     mesh: Mesh,
     *,
     averaged: bool = False,
-) -> tuple[nnx.GraphDef, TrainState]:
-    """`create_state` of ``build(rngs)``, made on the mesh."""
+) -> tuple[nnx.GraphDef, TrainState, Callable[[], TrainState]]:
+    """The graph of ``build(rngs)``, and `planned_state` of its `create_state`."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(seed))))
     make = lambda: create_state(build(nnx.Rngs(seed)), optimizer, seed, averaged=averaged)[1]  # noqa: E731
-    return graph, planned_state(make, mesh)[1]()
+    return graph, *planned_state(make, mesh)
+
+
+def create_sharded_state(*args: Any, **options: Any) -> tuple[nnx.GraphDef, TrainState]:
+    """The graph and the state of `planned_model_state`, which is given the same, made on the mesh."""
+    graph, _, create = planned_model_state(*args, **options)
+    return graph, create()
 
 
 def compiled_step(step: Callable, state: TrainState, mesh: Mesh) -> Callable:
