@@ -11,19 +11,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vgpt_jax.models.layers import BLOCK
 from vgpt_jax.training.sharding import BATCH_AXES, brought_together
 
-
-def _all_but_whole_weights(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps everything but what `brought_together` gives, which are the only constraints on sharding in a forward pass."""
-    return primitive.name != "sharding_constraint"
-
-
 POLICIES = {
-    "none": _all_but_whole_weights,
+    "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "blocks": jax.checkpoint_policies.save_only_these_names(BLOCK),
 }
 """What is kept: everything, the results of products with weights, or what the blocks of a network give; the rest is computed
-again in the backward pass, which costs up to a third more arithmetic and saves the most of the activations' memory."""
+again in the backward pass, which costs up to a third more arithmetic and saves the most of the activations' memory. With the
+rest, weights of other devices are sent again."""
 
 
 def economical(forward: Callable, remat: str, mesh: Mesh | None) -> Callable:
@@ -35,12 +30,12 @@ def economical(forward: Callable, remat: str, mesh: Mesh | None) -> Callable:
       mesh: where the parameters are; None: whole on every device.
     """
     split = mesh is not None and mesh.shape["fsdp"] > 1
-    if remat == "none" and not split:
-        return forward
 
     def whole(params: Any, *args: Any) -> Any:
         return forward(brought_together(mesh, params) if split else params, *args)
 
+    if remat == "none":  # not a checkpoint that keeps everything: that also keeps what the compiler would rather not
+        return whole
     return jax.checkpoint(whole, policy=POLICIES[remat])
 
 
