@@ -105,9 +105,9 @@ def generate(
 
 
 def start_cache(gpt: GPT, conditions: Array, length: int, options: Options) -> Cache:
-    """An empty cache; with guidance each sequence has a second one without its class, in the second half of the batch."""
+    """An empty cache; with guidance each sequence is followed by a second one without its class."""
     if options.guidance is not None:
-        conditions = jnp.concatenate([conditions, jnp.full_like(conditions, gpt.begin_id)])
+        conditions = in_turn(conditions, jnp.full_like(conditions, gpt.begin_id))
     return gpt.init_cache(conditions, length)
 
 
@@ -130,14 +130,19 @@ def predict(
     """
     if scale is not None:
         blank = jnp.where(ids >= gpt.num_codes, gpt.begin_id, ids)
-        ids = jnp.concatenate([ids, blank])
+        ids = in_turn(ids, blank)
         for name in {"positions", "targets"} & places.keys():
-            places[name] = jnp.concatenate([places[name]] * 2)
+            places[name] = in_turn(places[name], places[name])
     x, cache = gpt.extend(ids, cache, index, **places)
     logits = gpt.code_logits(x[:, -1:] if rows is None else x[:, rows], cache)
     if scale is not None:
-        logits = guide(*jnp.split(logits, 2), scale)
+        logits = guide(*jnp.unstack(logits.reshape(-1, 2, *logits.shape[1:]), axis=1), scale)
     return logits, cache
+
+
+def in_turn(with_class: Array, without: Array) -> Array:
+    """Rows of the two in turn, so that a batch that is split over devices stays where it is."""
+    return jnp.stack([with_class, without], axis=1).reshape(-1, *with_class.shape[1:])
 
 
 def draw_token(logits: Array, uniforms: Array, options: Options) -> Array:
