@@ -276,6 +276,16 @@ def test_an_error_of_the_background_names_the_folder_and_the_last_good_step(tmp_
     assert folders(tmp_path / "checkpoints") == ["1"]
 
 
+def test_a_process_that_is_gone_is_not_called_a_full_disk(tmp_path, monkeypatch):
+    store, gone = CheckpointStore(tmp_path, keep=2), jax.errors.JaxRuntimeError("UNKNOWN: connection reset by peer")
+    monkeypatch.setattr(manifest, "digest_of", lambda path: (_ for _ in ()).throw(gone))
+    store.save(after(1), {})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="connection reset"):
+        store.wait()
+    store.close()
+    assert folders(tmp_path) == []
+
+
 def test_a_folder_that_went_away_is_named_and_not_made_again(tmp_path):
     store, state = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2), after(1)
     shutil.rmtree(tmp_path / "run")

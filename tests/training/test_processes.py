@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -184,17 +185,41 @@ def test_an_error_of_one_process_ends_all_with_its_line(tmp_path):
         "    together(read)\n"
         "main()\n"
     )
-    address = f"localhost:{free_port()}"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, address, "2", str(i)],
-            cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
+    started = start_two(program)
     last = [process.communicate(timeout=120)[1].splitlines()[-1] for process in started]
     assert last == ["error: no pictures here (process 1)", "error: no pictures here"]
     assert [process.returncode for process in started] == [2, 2]
+
+
+def test_a_process_that_crashes_does_not_wait_for_the_others():
+    """The first is busy for a minute; a usual exit of the second would wait for it."""
+    program = (
+        "import sys, time; from vgpt_jax.training.processes import join\n"
+        "join(*sys.argv[1:2], int(sys.argv[2]), int(sys.argv[3]))\n"
+        "if sys.argv[3] == '0': time.sleep(60)\n"
+        "import jax; print(time.time(), flush=True); raise jax.errors.JaxRuntimeError('UNKNOWN: connection reset')\n"
+    )
+    busy, crashed = start_two(program)
+    try:
+        printed, said = crashed.communicate(timeout=50)
+        assert crashed.returncode == 1  # by which launchers start it again
+        assert time.time() - float(printed) < 10
+        assert "Traceback" in said and "connection reset" in said
+        assert "another process of this run has died" in said.splitlines()[-1]
+    finally:
+        busy.kill()
+        busy.communicate()
+
+
+def start_two(program: str) -> list[subprocess.Popen]:
+    address = f"localhost:{free_port()}"
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", program, address, "2", str(i)], cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
 
 
 def test_alone_errors_are_raised_as_they_are(tmp_path):

@@ -174,6 +174,8 @@ class CheckpointStore:
                 for path in self._directory.glob(f"{step}{UNFINISHED}*"):
                     shutil.rmtree(path, ignore_errors=True)
                 time.sleep(0.1)
+            if isinstance(error, jax.errors.JaxRuntimeError):  # no memory is left, or another process is gone
+                raise
             raise self._unwritten(step, reason(error)) from error
 
     def _check_directory(self, step: int) -> None:
