@@ -55,6 +55,17 @@ def _compiled_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """Runs are on one device, as on a laptop: a module whose tests are not about meshes takes half the time."""
+    import jax
+
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: first)
+        yield
+
+
 TINY = {  # every stage in seconds: 16 px, 4x4 tokens, batches that eight devices can share
     "data.image_size": 16,
     "data.resize_size": 18,

@@ -16,6 +16,8 @@ from vgpt_jax.evaluation import measure
 from vgpt_jax.evaluation.frechet import frechet_distance
 from vgpt_jax.training.saved_model import read_metadata
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture
 def run_main(monkeypatch):

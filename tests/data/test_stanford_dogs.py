@@ -9,6 +9,8 @@ from PIL import Image
 from vgpt_jax import main, sample
 from vgpt_jax.training.saved_model import read_metadata
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 TINY = {
     "data.image_size": 16,
     "data.resize_size": 16,

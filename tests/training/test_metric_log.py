@@ -117,7 +117,9 @@ def test_what_tensorboard_cannot_write_is_an_error_of_the_system(tmp_path):
     log = MetricLog(tmp_path, 0)
 
     def refuse(step, scalars):
-        raise RuntimeError("no room\nfor this")
+        raise RuntimeError(
+            "{{node Flush_device_/job:localhost/device:CPU:0}} /runs/a/tensorboard/events; no room\nfor this"
+        )
 
     log._tensorboard.write_scalars = refuse
     log.write(1, {"loss": 1.0})

@@ -18,9 +18,9 @@ from vgpt_jax.errors import UserError
 from vgpt_jax.training import processes
 from vgpt_jax.training.processes import cluster_is_around, first_does, join, together
 from vgpt_jax.training.saved_model import load_model
+from vgpt_jax.training.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("tokenizer", "generator", "classifier")
 STEPS = 12
 
 

@@ -17,6 +17,8 @@ from vgpt_jax.training.metric_log import curves
 from vgpt_jax.training.saved_model import load_model
 from vgpt_jax.training.sharding import make_mesh, shard_batch
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def full_recipe(config):
     config.data.update(image_size=32, resize_size=34)

@@ -137,7 +137,8 @@ class MetricLog:
 def _raise_error_of(written: Future) -> None:
     error = written.exception()
     if error is not None:
-        raise OSError(f"TensorBoard's files cannot be written: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0].rpartition("; ")[2]  # after TensorFlow's name of the operation, and the path
+        raise OSError(f"TensorBoard's files cannot be written: {why}") from error
 
 
 def _append(file: Any, line: Mapping[str, Any]) -> None:
