@@ -17,7 +17,7 @@ FLOORS = [  # from the ground up; a module imports from floors below its own, an
      "sampling.program", "sampling.class_names", "training.sharding", "training.optimizer", "training.from_config",
      "training.saved_model", "training.state", "training.checkpoint", "training.metric_log", "training.processes",
      "training.remat", "training.manifest", "training.preemption", "training.workdir_lock", "training.hlo",
-     "training.compiled_cost", "training.speed", "training.compile_report"},
+     "training.compiled_cost", "training.speed", "training.trace", "training.compile_report"},
     {"sampling.completion", "sampling.cond_visual_gpt", "sampling.progressive", "sampling.record", "evaluation.runner",
      "evaluation.frechet",
      "pretrained", "training.diff_augment"},

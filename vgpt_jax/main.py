@@ -32,6 +32,7 @@ from vgpt_jax.training.preemption import listening
 from vgpt_jax.training.processes import first_does, join, say, together
 from vgpt_jax.training.sharding import check_memory, describe, make_mesh
 from vgpt_jax.training.stages import STAGES
+from vgpt_jax.training.trace import check_profiler
 from vgpt_jax.training.workdir_lock import claimed
 
 
@@ -141,6 +142,8 @@ def main(argv: list[str]) -> None:
     config, workdir = read_flags([argv[0], *rest])
     join(arguments.coordinator, arguments.num_processes, arguments.process_id)
     profile = read_profile(arguments.profile)
+    if profile:
+        check_profiler()
     with listening():
         train_all(config, workdir, profile)
 

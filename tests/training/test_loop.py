@@ -6,9 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -354,27 +351,3 @@ def test_a_folder_that_vanishes_is_named_and_the_run_goes_on_where_it_is(tmp_pat
         run(tmp_path / "run", dataclasses.replace(stage, evaluate=vanish))
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert_ends_as(undisturbed, (tmp_path / "elsewhere"))
-
-
-def test_some_steps_are_traced(tmp_path, tiny_overrides):
-    """In a process of its own: the profiler of XLA:CPU does not survive what other tests leave behind."""
-    fields = tiny_overrides | {"classifier_training.num_steps": 8, "stages": "classifier"}
-    flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    command = [
-        sys.executable,
-        "-m",
-        "vgpt_jax.main",
-        "--config=configs/emoji.py",
-        f"--workdir={tmp_path}",
-        "--profile=1:2",
-    ]
-    ended = subprocess.run(
-        [*command, *flags],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "traced the steps after 1, 2 at most" in ended.stdout
-    assert list((tmp_path / "classifier" / "profile").rglob("*.xplane.pb"))

@@ -84,8 +84,8 @@ EVERY = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 4, 2), (2, 4
 """data, fsdp, tensor. By default some are tried, with `-m long` the others too."""
 SHORT = {
     "tokenizer": [(2, 2, 2)],
-    "generator": [(8, 1, 1), (2, 2, 2)],
-    "classifier": [(1, 8, 1), (1, 1, 8)],
+    "generator": [(2, 2, 2)],
+    "classifier": [(8, 1, 1), (1, 8, 1), (1, 1, 8)],
 }
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from vgpt_jax.training.trace import check_profiler
+
 
 def measured_bandwidths(rows: int = 8192) -> dict[str, float]:
     """Bytes/s at which XLA reads a matrix of ``rows`` by ``rows`` float32 (256 MiB), in two programs with all cores, by name."""
@@ -65,7 +67,11 @@ def time_by_operation(step: Callable[[], object], program: jax.stages.Compiled, 
       step: runs the program once and waits for it.
       program: what is run; its text says what a fusion is made of.
       num_steps: how many are watched.
+
+    Raises:
+      UserError: it cannot be, as `check_profiler`.
     """
+    check_profiler()
     kinds = _kinds(program.as_text())
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):

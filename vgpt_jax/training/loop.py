@@ -24,6 +24,7 @@ from vgpt_jax.training.sharding import shard_batch
 from vgpt_jax.training.speed import SpeedMeter
 from vgpt_jax.training.stage import Stage
 from vgpt_jax.training.state import TrainState
+from vgpt_jax.training.trace import Trace
 from vgpt_jax.visualization.grid import save_png
 from vgpt_jax.visualization.plots import plot_curves
 
@@ -69,7 +70,7 @@ def train(
         log = MetricLog(directory, int(state.step), logging.wandb_project, config, evaluation_owed=owed)
         run = _Run(stage, directory, mesh, logging, dict(config), max_skipped_steps, store, log)
         try:
-            state = _steps(run, state, owed, _Trace(int(state.step), profile, directory / "profile"))
+            state = _steps(run, state, owed, Trace(int(state.step), profile, directory / "profile"))
         except BaseException:
             with suppress(OSError):
                 log.close()
@@ -126,7 +127,7 @@ def _first_state(stage: Stage, store: CheckpointStore, directory: Path) -> tuple
     return state, data["evaluation_owed"]
 
 
-def _steps(run: _Run, state: TrainState, owed: bool, trace: "_Trace") -> TrainState:
+def _steps(run: _Run, state: TrainState, owed: bool, trace: Trace) -> TrainState:
     """The steps from ``state`` to the last, evaluated and saved; before them the evaluation that is ``owed``."""
     stage, store, log, directory, logging = run.stage, run.store, run.log, run.directory, run.logging
     start, last = int(state.step), stage.num_steps
@@ -254,38 +255,6 @@ def _inputs(run: _Run, start: int, meter: SpeedMeter) -> Iterator[tuple[int, dic
                 f"{_kept(run.store, run.directory)}: mend the data, and run the same command again"
             ) from error
         yield step, shard_batch(run.mesh, batch)
-
-
-class _Trace:
-    """The trace of some steps, by the first process.
-
-    Args:
-      start: steps done when the run begins.
-      profile: after how many more the trace begins, and of how many it is; None: there is none.
-      directory: where it goes.
-    """
-
-    def __init__(self, start: int, profile: tuple[int, int] | None, directory: Path):
-        self._first = start + profile[0] if profile and is_first() else None
-        self._last = self._first + profile[1] if self._first is not None else None
-        self._directory, self._begun = directory, False
-
-    def after(self, step: int, of_step: Any) -> None:
-        """To be called when a step was begun, with arrays that it gives."""
-        if step in (self._first, self._last):
-            jax.block_until_ready(of_step)
-            if step == self._last:
-                self.end()
-            else:
-                jax.profiler.start_trace(str(self._directory))
-                self._begun = True
-
-    def end(self) -> None:
-        """Ends the trace, if it was begun and has not ended."""
-        if self._begun:
-            jax.profiler.stop_trace()
-            self._begun = False
-            say(f"traced the steps after {self._first}, {self._last - self._first} at most: {self._directory}")
 
 
 def _best_state(stage: Stage, store: CheckpointStore, state: TrainState) -> TrainState:

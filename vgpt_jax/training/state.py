@@ -110,19 +110,21 @@ def averaged_model(graph: nnx.GraphDef, state: TrainState) -> nnx.Module:
     return nnx.merge(graph, state.params if state.averages is None else state.averages, state.buffers, copy=True)
 
 
-def planned_state(make: Callable[[], TrainState], mesh: Mesh) -> tuple[TrainState, Callable[[], TrainState]]:
+def planned_state(
+    make: Callable[[], tuple[nnx.GraphDef, TrainState]], mesh: Mesh
+) -> tuple[nnx.GraphDef, TrainState, Callable[[], TrainState]]:
     """A state as it will be on the mesh, whose devices need not be here, and what makes it there.
 
     Args:
-      make: makes the state of step 0; traced.
+      make: makes the model's graph and the state of step 0; traced.
       mesh: devices.
 
     Returns:
-      The state's shapes with their shardings; and a function that gives the state itself.
+      The graph; the state's shapes with their shardings; and a function that gives the state itself.
     """
-    shapes = jax.eval_shape(make)
+    graph, shapes = jax.eval_shape(make)
     shardings = of_state(mesh, shapes)
-    return abstract(shapes, shardings), jax.jit(make, out_shardings=shardings)
+    return graph, abstract(shapes, shardings), jax.jit(lambda: make()[1], out_shardings=shardings)
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
@@ -140,10 +142,8 @@ def planned_model_state(
     *,
     averaged: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState, Callable[[], TrainState]]:
-    """The graph of ``build(rngs)``, and `planned_state` of its `create_state`."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(seed))))
-    make = lambda: create_state(build(nnx.Rngs(seed)), optimizer, seed, averaged=averaged)[1]  # noqa: E731
-    return graph, *planned_state(make, mesh)
+    """`planned_state` of the `create_state` of ``build(rngs)``."""
+    return planned_state(lambda: create_state(build(nnx.Rngs(seed)), optimizer, seed, averaged=averaged), mesh)
 
 
 def create_sharded_state(*args: Any, **options: Any) -> tuple[nnx.GraphDef, TrainState]:

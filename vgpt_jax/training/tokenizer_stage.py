@@ -93,7 +93,7 @@ def plan_adversary(config) -> tuple[dict[str, Any], Adversary, int] | None:
     if name == "none":
         return None
     arguments = discriminator_arguments(config, name)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: DISCRIMINATORS[name](**arguments, rngs=nnx.Rngs(0))))
+    discriminator = nnx.eval_shape(lambda: DISCRIMINATORS[name](**arguments, rngs=nnx.Rngs(0)))
     choose("adversarial.loss", section["loss"], ADVERSARIAL_LOSSES)
     for field in ("weight", "max_adaptive_weight", "warmup_steps", "ramp_steps", "lecam_weight", "r1_weight"):
         check_range(f"adversarial.{field}", section[field], least=0)
@@ -107,14 +107,14 @@ def plan_adversary(config) -> tuple[dict[str, Any], Adversary, int] | None:
         )
     optimizer = make_optimizer(num_steps=training.num_steps - first, **section.pop("optimizer"))
     adversary = Adversary(
-        graph=graph,
+        graph=nnx.graphdef(discriminator),
         optimizer=optimizer,
         heard_from=first + section.pop("warmup_steps"),
         value_range=tuple(config.data.value_range),
         **section,
     )
     images = jax.ShapeDtypeStruct((2, config.data.image_size, config.data.image_size, 3), np.float32)
-    nnx.eval_shape(lambda x: DISCRIMINATORS[name](**arguments, rngs=nnx.Rngs(0))(x), images)
+    nnx.eval_shape(lambda module, x: module(x), discriminator, images)
     return arguments, adversary, first
 
 
@@ -151,8 +151,18 @@ def program(config, mesh: Mesh, num_classes: int, workdir: Path) -> Program:
     """
     training, names = config.tokenizer_training, config.perceptual
     arguments, optimizer = plan(config, mesh, num_classes, workdir)
-    make_model = lambda: Tokenizer(**arguments, rngs=nnx.Rngs(config.seed))  # noqa: E731
-    graph, _ = nnx.split(nnx.eval_shape(make_model))
+    planned = plan_adversary(config)
+
+    def make() -> tuple[nnx.GraphDef, TokenizerState]:
+        tokenizer = Tokenizer(**arguments, rngs=nnx.Rngs(config.seed))
+        graph, state = create_state(tokenizer, optimizer, config.seed, averaged=training.ema_decay > 0)
+        discriminator = None
+        if planned:
+            module = DISCRIMINATORS[config.adversarial.discriminator](**planned[0], rngs=nnx.Rngs(config.seed + 1))
+            discriminator = DiscriminatorState.of(create_state(module, planned[1].optimizer, config.seed + 1)[1])
+        return graph, TokenizerState(**vars(state), discriminator=discriminator)
+
+    graph, state, create = planned_state(make, mesh)
     perceptual, frozen = None, None
     if names.name != "none":
         distance = lambda: PERCEPTUAL[names.name](value_range=config.data.value_range, rngs=nnx.Rngs(0))  # noqa: E731
@@ -169,19 +179,9 @@ def program(config, mesh: Mesh, num_classes: int, workdir: Path) -> Program:
         training.accumulate,
         mesh,
     )
-    steps, planned = {0: make_train_step(recipe)}, plan_adversary(config)
+    steps = {0: make_train_step(recipe)}
     if planned:
         steps[planned[2]] = make_train_step(recipe, planned[1])
-
-    def make() -> TokenizerState:
-        state = create_state(make_model(), optimizer, config.seed, averaged=training.ema_decay > 0)[1]
-        discriminator = None
-        if planned:
-            module = DISCRIMINATORS[config.adversarial.discriminator](**planned[0], rngs=nnx.Rngs(config.seed + 1))
-            discriminator = DiscriminatorState.of(create_state(module, planned[1].optimizer, config.seed + 1)[1])
-        return TokenizerState(**vars(state), discriminator=discriminator)
-
-    state, create = planned_state(make, mesh)
     size = config.data.image_size
     batch = {
         "image": jax.ShapeDtypeStruct((training.batch_size, size, size, 3), np.float32, sharding=of_batches(mesh)),
