@@ -1,7 +1,9 @@
 """Eight CPU devices for the sharding tests, a cache folder that lives as long as the session, tiny configs and models."""
 
 import fcntl
+import gc
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +18,9 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 sys.path.insert(0, str(Path(__file__).parents[1]))
+gc.set_threshold(
+    200_000, 20, 20
+)  # tracing makes many objects and little garbage: by default a third of its time is the collector's
 
 
 FIRST = (  # files and folders that take longest, the longest first
@@ -57,7 +62,7 @@ def _compiled_programs():
 
 @pytest.fixture(scope="module")
 def one_device():
-    """Runs are on one device, as on a laptop: a module whose tests are not about meshes takes half the time."""
+    """Runs are on one device, as on a laptop: for modules whose tests are not about meshes, which take half the time."""
     import jax
 
     first = jax.devices()[:1]
@@ -108,10 +113,6 @@ def tiny_overrides() -> dict:
 @pytest.fixture
 def tiny_config():
     """``configs/emoji.py``, made tiny."""
-    return make_tiny_config()
-
-
-def make_tiny_config():
     from configs import emoji
 
     config = emoji.get_config()
@@ -121,15 +122,22 @@ def make_tiny_config():
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """A workdir in which all three stages of the tiny config are finished, one for all processes of the run. Not to be written
-    to."""
-    from vgpt_jax.main import train_all
-
+    """A workdir in which all three stages of the tiny config are finished, by one device, as by a command. There is one for all
+    processes of the suite. Not to be written to."""
+    flags = [f"--config.{name}={value}" for name, value in TINY.items()]
     folder = tmp_path_factory.getbasetemp()
     workdir = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "trained"
     with workdir.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second waits, and finds every stage finished
-        train_all(make_tiny_config(), workdir)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second waits
+        if not (workdir / "classifier" / "model").exists():
+            ended = subprocess.run(
+                [sys.executable, "-m", "vgpt_jax.main", "--config=configs/emoji.py", f"--workdir={workdir}", *flags],
+                cwd=Path(__file__).parents[1],
+                env=os.environ | {"XLA_FLAGS": ""},
+                capture_output=True,
+                text=True,
+            )
+            assert ended.returncode == 0, ended.stderr
     return workdir
 
 

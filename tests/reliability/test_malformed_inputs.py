@@ -48,9 +48,7 @@ Case, Ended, Worker = malformed_inputs.Case, malformed_inputs.Ended, malformed_i
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory):
-    worker = Worker(
-        tmp_path_factory.mktemp("worker"), {}
-    )  # as many devices as ``trained`` had, so that sums are the same
+    worker = Worker(tmp_path_factory.mktemp("worker"), malformed_inputs.ENVIRONMENT)
     yield worker
     worker.close()
 
