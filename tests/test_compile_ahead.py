@@ -3,15 +3,17 @@
 import contextlib
 import io
 import json
-import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
+from multiprocessing import get_context
 
 import jax
 import pytest
 from ml_collections import ConfigDict
 
 from vgpt_jax import compile_ahead
+from vgpt_jax.errors import UserError
 from vgpt_jax.training.compile_report import Job, Report, advice, compiled_report, in_units, needed_memory
 
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed")
@@ -31,31 +33,47 @@ TINY_ADVERSARY = {
 }
 
 
-@contextlib.contextmanager
-def command_line(*arguments: str):
-    """The arguments of ``main``, where the config's flags look for them too; what it does to the process is undone."""
-    environment, cache = dict(os.environ), jax.config.jax_enable_compilation_cache
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["compile_ahead", "--config=configs/emoji.py", *arguments])
-        yield sys.argv
-    os.environ.clear()
-    os.environ.update(environment)
-    jax.config.update("jax_enable_compilation_cache", cache)
+def run_main(*arguments: str) -> tuple[int, str, str]:
+    """Runs the command line: its status, and what it printed to both streams."""
+    sys.argv = ["compile_ahead", "--config=configs/emoji.py", *arguments]  # where the config's flags look for them too
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            compile_ahead.main(sys.argv)
+        except SystemExit as stopped:
+            return stopped.code, out.getvalue(), err.getvalue()
+    return 0, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
-def compiled(tiny_overrides, tmp_path_factory):
+def command():
+    """`run_main`, in a process of its own: where libtpu is loaded and no TPU is, JAX's profiler crashes, which others test."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        yield lambda *arguments: pool.submit(run_main, *arguments).result()
+
+
+@pytest.fixture(scope="module")
+def compiled(command, tiny_overrides, tmp_path_factory):
     """Runs the command line on the tiny config, and gives what it printed and the reports by their programs."""
 
     def run(*arguments: str, **fields):
         path = tmp_path_factory.mktemp("reports") / "reports.json"
         changes = [f"--config.{name}={value}" for name, value in (tiny_overrides | fields).items()]
-        with (
-            command_line(f"--json={path}", *arguments, *changes) as argv,
-            contextlib.redirect_stdout(io.StringIO()) as printed,
-        ):
-            compile_ahead.main(argv)
-        return printed.getvalue(), {report["program"]: report for report in json.loads(path.read_text())}
+        status, printed, said = command(f"--json={path}", *arguments, *changes)
+        assert status == 0, said
+        return printed, {report["program"]: report for report in json.loads(path.read_text())}
+
+    return run
+
+
+@pytest.fixture
+def error_of(command):
+    """The one line with which the command refuses its arguments."""
+
+    def run(*arguments: str) -> str:
+        status, _, said = command(*arguments)
+        assert status == 2
+        assert said.splitlines()[-1].startswith("error: ")
+        return said.splitlines()[-1]
 
     return run
 
@@ -174,8 +192,7 @@ def test_what_does_not_fit_ends_with_a_line_and_is_written_down(error_of, tiny_o
     path = tmp_path / "reports.json"
     fields = tiny_overrides | {"classifier_training.batch_size": 2**20, "classifier.widths": "(256, 256)"}
     changes = [f"--config.{name}={value}" for name, value in fields.items()]
-    with command_line("--stage=classifier", "--topology=v5e:2x2", f"--json={path}", *changes) as argv:
-        line = error_of(compile_ahead.main, argv)
+    line = error_of("--stage=classifier", "--topology=v5e:2x2", f"--json={path}", *changes)
     assert "classifier step needs" in line and "more than the 15.8 GiB of a TPU v5 lite" in line
     assert "classifier_training.batch_size, classifier_training.accumulate" in line
     (report,) = json.loads(path.read_text())
@@ -258,12 +275,10 @@ def test_the_number_of_classes_is_known_without_the_data(data, classes, tmp_path
     ],
 )
 def test_what_is_wrong_with_a_command_is_one_line(arguments, words, error_of):
-    with command_line(*arguments) as argv:
-        assert words in error_of(compile_ahead.main, argv)
+    assert words in error_of(*arguments)
 
 
-def test_without_libtpu_the_extra_is_named(monkeypatch, error_of):
+def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(compile_ahead, "find_spec", lambda name: None)
-    with command_line("--stage=gpt", "--topology=v5e:2x2") as argv:
-        line = error_of(compile_ahead.main, argv)
-    assert line == "error: there is no libtpu, the compiler for TPUs: pip install 'vgpt-jax[tpu]'"
+    with pytest.raises(UserError, match="there is no libtpu, the compiler for TPUs: pip install 'vgpt-jax\\[tpu\\]'"):
+        compile_ahead.slice_devices("v5e:2x2", 1)

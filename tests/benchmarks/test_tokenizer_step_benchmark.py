@@ -15,6 +15,7 @@ from vgpt_jax.benchmarks.torch_tokenizer import TokenizerTraining
 from vgpt_jax.hardware import peak_flops
 
 
+@pytest.mark.long
 def test_both_steps_have_the_same_losses(monkeypatch):
     """With fewer levels and blocks than are timed, which are compiled for longer than the rest of the benchmarks together."""
     arguments = argparse.Namespace(image_size=32, ch=8, batch_size=2, dtype="float32")

@@ -44,9 +44,11 @@ LATER = {  # alone, and with what a recipe would always have on
     "entropy_weight": {"entropy_weight": 0.1, "entropy_temperature": 1.0},
     "orthogonality_weight": {"orthogonality_weight": 0.1},
 }
-COMBINATIONS = [(name,) for name in OPTIONS] + [
-    pair for pair in combinations(OPTIONS, 2) if len({key for name in pair for key in OPTIONS[name]}) == 2
-]
+# Every other pair by default, with ``-m long`` the others too.
+PAIRS = [pair for pair in combinations(OPTIONS, 2) if len({key for name in pair for key in OPTIONS[name]}) == 2]
+COMBINATIONS = (
+    [(name,) for name in OPTIONS] + [pytest.param(pair, marks=pytest.mark.long) for pair in PAIRS[1::2]] + PAIRS[::2]
+)
 COMBINATIONS += [(name,) for name in LATER] + [(name, "replace_freq", "pretrain_steps") for name in LATER]
 OPTIONS |= LATER
 

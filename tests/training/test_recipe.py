@@ -32,6 +32,7 @@ def full_recipe(config):
     return config
 
 
+@pytest.mark.long
 def test_the_full_recipe_trains_logs_and_saves_the_averages(tiny_config, tmp_path):
     config = full_recipe(tiny_config)
     stage = tokenizer_stage.build(config, make_mesh(), tmp_path, load_sources(config.data))

@@ -87,7 +87,9 @@ def test_policies_keep_less_and_compute_more():
     assert products["blocks"] > products["dots"] >= products["none"]
 
 
-@pytest.mark.parametrize("quantizer", ["residual_quantize", "multi_scale_quantize"])
+@pytest.mark.parametrize(
+    "quantizer", ["residual_quantize", pytest.param("multi_scale_quantize", marks=pytest.mark.long)]
+)
 def test_codebook_surgery_sees_the_whole_batch(quantizer):
     """In two parts the gradients are those of the whole batch, and codes are drawn from the same latents."""
     inner = {"num_codewords": 16, "embedding_dim": 8, "pretrain_steps": 0, "replace_freq": 1, "penalty_weight": 0.0}

@@ -59,7 +59,7 @@ def full_config(tiny_overrides):
     config.update_from_flattened_dict(tiny_overrides)
     config.vector_quantize.update(pretrain_steps=3, replace_freq=2, penalty_weight=0.1)
     config.perceptual.name = "none"  # sees each picture by itself, and takes long to compile
-    config.adversarial.update(discriminator="patchgan", start=6, warmup_steps=3, ramp_steps=3, lecam_weight=0.01)
+    config.adversarial.update(discriminator="patchgan", start=0, warmup_steps=9, ramp_steps=3, lecam_weight=0.01)
     config.patchgan.update(ndf=8, num_layers=1, spectral_norm=True)
     config.tokenizer_training.update(num_steps=STEPS, ema_decay=0.9)
     config.gpt.update(random_order=True, class_dropout=0.1, token_dropout=0.1, drop_path=0.1)

@@ -371,6 +371,7 @@ def run():
     return SimpleNamespace(step=step, states=states, metrics=metrics, frozen=frozen)
 
 
+@pytest.mark.long  # test_sharding.py does it for more meshes
 def test_eight_devices_take_the_steps_of_one(run):
     mesh, step = make_mesh(), compiled()
     state, frozen = replicate(mesh, (run.states[0], run.frozen))
