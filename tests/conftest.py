@@ -1,7 +1,6 @@
 """Eight CPU devices for the sharding tests, a cache folder that lives as long as the session, tiny configs and models."""
 
 import fcntl
-import gc
 import os
 import subprocess
 import sys
@@ -18,9 +17,10 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 sys.path.insert(0, str(Path(__file__).parents[1]))
-gc.set_threshold(
-    200_000, 20, 20
-)  # tracing makes many objects and little garbage: by default a third of its time is the collector's
+
+from vgpt_jax.host_memory import collect_garbage_rarely  # noqa: E402 - where it lies is known only now
+
+collect_garbage_rarely()
 
 
 FIRST = (  # files and folders that take longest, the longest first

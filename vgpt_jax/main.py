@@ -25,7 +25,7 @@ from vgpt_jax.configuration import check_workdir, claim_workdir, read_flags
 from vgpt_jax.data.datasets import load_sources, make_views
 from vgpt_jax.data.tfds_prepare import QUIET_TENSORFLOW
 from vgpt_jax.errors import UserError, check_range, choose, exit_on_user_error
-from vgpt_jax.host_memory import accelerator_is_installed, keep_freed_memory
+from vgpt_jax.host_memory import accelerator_is_installed, collect_garbage_rarely, keep_freed_memory
 from vgpt_jax.progress import clock
 from vgpt_jax.training.loop import train
 from vgpt_jax.training.preemption import listening
@@ -131,6 +131,7 @@ def main(argv: list[str]) -> None:
     if {"--help", "-h", "-help"} & set(argv):
         print(f"{__doc__}\nconfigs/default.py names and explains every field.")
         return
+    collect_garbage_rarely()
     if not accelerator_is_installed():  # there one arena would only hold up the threads that load data
         keep_freed_memory()
     for name, value in QUIET_TENSORFLOW.items():  # the metric writers import tensorflow

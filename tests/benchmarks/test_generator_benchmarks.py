@@ -125,11 +125,12 @@ def test_bandwidths():
 
 @pytest.fixture
 def tiny_size(monkeypatch):
-    """A size for the command lines, and what the device does."""
+    """A size for the command lines, and what the device does; other tests may have loaded libtpu, and then there is no trace."""
     monkeypatch.setitem(SIZES, "tiny", TINY)
     monkeypatch.setattr(sampling, "measured_bandwidths", lambda: {"a sum": 1e9})
     for module in (sampling, gpt_step):
         monkeypatch.setattr(module, "measured_flops", lambda dtype: 1e12)
+    monkeypatch.setattr(gpt_step, "time_by_operation", lambda step, program: {"matrix products": 0.5})
 
 
 def test_sampling_prints_both_and_the_shares(tiny_size, torch_gpt, capsys):
@@ -151,7 +152,7 @@ def test_gpt_step_prints_equal_losses_and_the_share(tiny_size, torch_gpt, capsys
         ours, peer = re.search(rf"{which} loss: ours (\S+), transformers (\S+)", out).groups()
         assert float(ours) == pytest.approx(float(peer), abs=1e-4)
     assert "of a matrix product, 1.000 TFLOP/s" in out
-    assert "where the time goes" in out
+    assert "where the time goes" in out and "500.0 ms  matrix products" in out
 
 
 @pytest.mark.parametrize("module", [sampling, gpt_step])

@@ -145,7 +145,7 @@ def on_mesh(model, gpt) -> CondVisualGPT:
     return CondVisualGPT(model.tokenizer, gpt, class_names=names, value_range=model.value_range, mesh=make_mesh())
 
 
-@pytest.mark.parametrize("how", ["plain", "guided", "ranked"])
+@pytest.mark.parametrize("how", [pytest.param("plain", marks=pytest.mark.long), "guided", "ranked"])
 def test_eight_devices_draw_what_one_does(raster_toy, random_toy, toy_classifier, how):
     model, options, accept_n, score = {
         "plain": (raster_toy, {}, 1, None),

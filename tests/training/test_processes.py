@@ -152,20 +152,25 @@ def test_the_token_cache_is_the_same(alone, changing):
         np.testing.assert_array_equal(np.load(changing / "token_cache" / path.name), np.load(path))
 
 
-def test_two_processes_measure_and_draw_what_one_does(alone, tmp_path):
+@pytest.mark.long
+def test_two_processes_measure_what_one_does(alone):
     measure = ["--num", "1", "--accept_n", "2", "--workdir", str(alone)]
-    draw = ["--cls_name", "flags", "animals", "--accept_n", "3", "--from_pretrained", str(alone), "--save_path"]
     evaluate.main(measure)
     expected = json.loads((alone / "evaluation" / "metrics.json").read_text())
-    sample.main([*draw, str(tmp_path / "one.gif")])
-    for arguments in (["vgpt_jax.evaluate", *measure], ["vgpt_jax.sample", *draw, str(tmp_path / "two.gif")]):
-        statuses, outputs = run(2, arguments)
-        assert statuses == [0, 0], outputs
+    statuses, outputs = run(2, ["vgpt_jax.evaluate", *measure])
+    assert statuses == [0, 0], outputs
     found = json.loads((alone / "evaluation" / "metrics.json").read_text())
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if not name.endswith("seconds"):
             np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_two_processes_draw_what_one_does(alone, tmp_path):
+    draw = ["--cls_name", "flags", "animals", "--accept_n", "3", "--from_pretrained", str(alone), "--save_path"]
+    sample.main([*draw, str(tmp_path / "one.gif")])
+    statuses, outputs = run(2, ["vgpt_jax.sample", *draw, str(tmp_path / "two.gif")])
+    assert statuses == [0, 0], outputs
     ids = [
         [p["token_ids"] for p in json.loads((tmp_path / f"{n}.json").read_text())["pictures"]] for n in ("one", "two")
     ]

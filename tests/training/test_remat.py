@@ -63,7 +63,7 @@ def generator(remat: str, accumulate: int):
 
 def test_gradients_do_not_depend_on_policy_or_parts():
     expected = None
-    for remat, accumulate in (("none", 1), ("dots", 1), ("blocks", 2), ("none", 4)):
+    for remat, accumulate in (("none", 1), ("dots", 1), ("blocks", 4)):
         state, step, batch = generator(remat, accumulate)
         after, metrics = jax.jit(step)(state, batch)
         result = (after.params, metrics["nats_per_token"], metrics["gradient_norm"])
