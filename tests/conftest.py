@@ -121,7 +121,14 @@ def tiny_config():
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Path:
+def of_children() -> dict:
+    """What is added to the environment of processes that train for a moment: one device, and a compiler that does not optimise,
+    for most of their time goes into compiling."""
+    return {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, of_children) -> Path:
     """A workdir in which all three stages of the tiny config are finished, by one device, as by a command. There is one for all
     processes of the suite. Not to be written to."""
     flags = [f"--config.{name}={value}" for name, value in TINY.items()]
@@ -133,7 +140,7 @@ def trained(tmp_path_factory) -> Path:
             ended = subprocess.run(
                 [sys.executable, "-m", "vgpt_jax.main", "--config=configs/emoji.py", f"--workdir={workdir}", *flags],
                 cwd=Path(__file__).parents[1],
-                env=os.environ | {"XLA_FLAGS": ""},
+                env=os.environ | of_children,
                 capture_output=True,
                 text=True,
             )

@@ -40,13 +40,13 @@ def check_pictures(notebook) -> None:
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory):
+def executed(tmp_path_factory, of_children):
     folder = tmp_path_factory.mktemp("notebook")
     environment = os.environ | {
         "VGPT_JAX_NOTEBOOK_STEPS": "20",
         "PYTHONPATH": str(ROOT),
         "IPYTHONDIR": str(folder / "ipython"),
-        "XLA_FLAGS": "",  # one device
+        **of_children,
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_DATA_DIR", str(folder / "jupyter"))  # no kernels of the user's, but this interpreter

@@ -1,6 +1,7 @@
 """The generator in its variants: cache, causality, orders, dropouts, adaptive norm, sizes. Its peers: `test_gpt_parity`."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ from flax import nnx
 
 from vgpt_jax.errors import UserError
 from vgpt_jax.models.gpt import BLOCKS, GPT, SIZES
+
+# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 TOKENS, CODES, CLASSES = 6, 12, 3
 TINY = {"num_codes": CODES, "num_classes": CLASSES, "num_tokens": TOKENS, "grid": (2, 3)}
@@ -32,7 +36,7 @@ VARIANTS = {
     "bfloat16": LLAMA | {"dtype": "bfloat16", "num_kv_heads": 2},
 }
 
-logits_of = nnx.jit(lambda gpt, ids, key=None, orders=None: gpt(ids, key, orders))
+logits_of = jit(lambda gpt, ids, key=None, orders=None: gpt(ids, key, orders))
 
 
 def make(**changed) -> GPT:
@@ -65,7 +69,7 @@ def test_vocabulary_is_codes_then_classes_then_begin_then_padding():
     np.testing.assert_array_equal(gpt.condition_ids(None, 2), [15, 15])
 
 
-@nnx.jit
+@jit
 def uncached_and_cached(gpt: GPT, ids: jax.Array, orders: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Logits over the codes ``[B, N, K]``: at once; and with a growing cache, twice two inputs, then one by one."""
 
@@ -95,7 +99,7 @@ def test_cached_logits_equal_uncached(name, ids, orders):
     np.testing.assert_allclose(cached, expected, atol=tolerance, rtol=1e-5)
 
 
-@nnx.jit
+@jit
 def reach(gpt: GPT, ids: jax.Array, orders: jax.Array | None) -> jax.Array:
     """How far the logits after input i depend on the embedding of input j, ``[N, N]``; ids ``[1, N]``, all different."""
     graph, table, rest = nnx.split(gpt, nnx.PathContains("token_embedding"), ...)

@@ -1,5 +1,7 @@
 """Attention, the MLPs and the residual block against NumPy by hand."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,9 @@ from flax import nnx
 
 from vgpt_jax.models.rotary import rotary_table
 from vgpt_jax.models.transformer import GELU, NORMS, Attention, Block, SwiGLU
+
+# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 WIDTH, HEADS, LENGTH, EPSILON = 16, 4, 5, 1e-5
 ATTENTION = {
@@ -30,7 +35,7 @@ BLOCK = {
     "drop_path": 0.0,
 }
 
-run = nnx.jit(lambda module, *arguments: module(*arguments))
+run = jit(lambda module, *arguments: module(*arguments))
 
 
 def randomize(module: nnx.Module, seed: int = 0) -> nnx.Module:
@@ -90,7 +95,7 @@ def test_attention_equals_numpy(num_kv_heads, qk_norm):
     np.testing.assert_allclose(run(attention, x, batched, None), expected, atol=1e-5)
 
 
-@nnx.jit
+@jit
 def extend(attention, x, cache, index, mask):
     return attention.extend(x, cache, index, mask, None)
 
@@ -192,7 +197,7 @@ def test_a_block_equals_numpy(adaptive):
 def test_an_adaptive_block_starts_as_the_identity_and_its_gates_learn():
     block, x, conditions = make_block(adaptive=True), random(2, LENGTH, WIDTH), random(2, WIDTH, seed=5)
 
-    @nnx.jit
+    @jit
     def both(block):
         call = lambda block: block(x, block.modulation(conditions), None, None)  # noqa: E731
         return call(block), nnx.grad(lambda block: jnp.sum(call(block) ** 2))(block)

@@ -47,8 +47,8 @@ Case, Ended, Worker = malformed_inputs.Case, malformed_inputs.Ended, malformed_i
 
 
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory):
-    worker = Worker(tmp_path_factory.mktemp("worker"), malformed_inputs.ENVIRONMENT)
+def worker(tmp_path_factory, of_children):  # as the run was that some go on with, or other weights would come of it
+    worker = Worker(tmp_path_factory.mktemp("worker"), malformed_inputs.ENVIRONMENT | of_children)
     yield worker
     worker.close()
 

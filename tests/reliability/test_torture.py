@@ -2,6 +2,7 @@
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,19 +21,19 @@ SCHEDULE = [
 
 
 @pytest.fixture(scope="module")
-def arguments(tiny_overrides):
-    return torture.command(tiny_overrides)
+def run(tiny_overrides, of_children):
+    return partial(torture.run, torture.command(tiny_overrides), environment=of_children)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(arguments, tmp_path_factory) -> Path:
+def undisturbed(run, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("undisturbed")
-    torture.run(arguments, workdir)
+    run(workdir)
     return workdir
 
 
 @pytest.fixture(scope="module")
-def disturbed(arguments, tmp_path_factory):
+def disturbed(run, tmp_path_factory):
     """The workdir, and the output of its last, undisturbed, run; it lies on a small disk, where one can be mounted."""
     disk = tmp_path_factory.mktemp("disk")
     with torture.small_disk(disk, 64) as is_small:
@@ -40,9 +41,9 @@ def disturbed(arguments, tmp_path_factory):
         for disturbance, expected in SCHEDULE:
             if disturbance.kind == "full_disk" and not is_small:
                 continue
-            ended, said[disturbance.kind] = torture.run(arguments, disk / "run", disturbance)
+            ended, said[disturbance.kind] = run(disk / "run", disturbance)
             assert ended == expected, "the disturbance came too late to test anything"
-        ended, said["last"] = torture.run(arguments, disk / "run")
+        ended, said["last"] = run(disk / "run")
         assert ended == "done"
         yield disk / "run", said
 
@@ -71,10 +72,10 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_good(disturbed):
     assert re.search(r"that of step \d+ is whole|the checkpoint of step \d+ in .* is good", last)
 
 
-def test_a_finished_run_is_skipped_and_left_as_it_is(arguments, disturbed):
+def test_a_finished_run_is_skipped_and_left_as_it_is(run, disturbed):
     workdir, _ = disturbed
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
-    _, lines = torture.run(arguments, workdir)
+    _, lines = run(workdir)
     finished = [line.split(",")[0].strip() for line in lines if "finished before" in line]
     assert finished == [f"{stage}: finished before" for stage in STAGES]
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()} == before

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
 STAGES = ("tokenizer", "generator", "classifier")
 KINDS = ("kill", "terminate", "damage", "full_disk")
 LONGEST = 240
@@ -73,7 +74,11 @@ def command(overrides: dict) -> list[str]:
 
 
 def run(
-    arguments: list[str], workdir: Path, disturbance: Disturbance | None = None, seed: int = 0
+    arguments: list[str],
+    workdir: Path,
+    disturbance: Disturbance | None = None,
+    seed: int = 0,
+    environment: dict = ENVIRONMENT,
 ) -> tuple[str, list[str]]:
     """Runs the command, disturbed or not: how it ended ("done", "killed", "told", "refused") and what it printed.
 
@@ -83,7 +88,7 @@ def run(
     process = subprocess.Popen(
         [*arguments, f"--workdir={workdir}"],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

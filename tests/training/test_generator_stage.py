@@ -1,5 +1,6 @@
 """The generator's training: its loss, orders of writing and when they are random, and what the config makes of it."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +17,9 @@ from vgpt_jax.training.from_config import abstract_tokenizer, gpt_arguments
 from vgpt_jax.training.generator_stage import annealed, draw_orders, phases, token_losses
 from vgpt_jax.training.sharding import make_mesh
 from vgpt_jax.training.state import create_state
+
+# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 BATCH = {
     "token_ids": np.random.default_rng(0).integers(0, 6, (4, 9)).astype(np.int32),
@@ -41,7 +45,7 @@ def cross_entropies(logits, targets) -> np.ndarray:
 def test_the_loss_is_over_image_tokens_given_condition_and_past(random_module):
     gpt = random_module(small_gpt, 2.0)
     inputs = np.concatenate([6 + BATCH["label"][:, None], BATCH["token_ids"][:, :-1]], axis=1)
-    losses = nnx.jit(token_losses)(gpt, jnp.asarray(inputs[:, 0]), BATCH["token_ids"])
+    losses = jit(token_losses)(gpt, jnp.asarray(inputs[:, 0]), BATCH["token_ids"])
     np.testing.assert_allclose(losses, cross_entropies(gpt(inputs), BATCH["token_ids"]), rtol=1e-4)
 
 
@@ -49,7 +53,7 @@ def test_in_other_orders_tokens_are_told_in_these_and_targets_with_them(random_g
     orders = np.stack([np.random.default_rng(i).permutation(9) for i in range(4)])
     targets = np.stack([ids[order] for ids, order in zip(BATCH["token_ids"], orders, strict=True)])
     inputs = np.concatenate([6 + BATCH["label"][:, None], targets[:, :-1]], axis=1)
-    losses = nnx.jit(lambda g, c, ids, o: token_losses(g, c, ids, orders=o))(
+    losses = jit(lambda g, c, ids, o: token_losses(g, c, ids, orders=o))(
         random_gpt, jnp.asarray(inputs[:, 0]), BATCH["token_ids"], orders
     )
     logits = random_gpt(jnp.asarray(inputs), None, jnp.asarray(orders))
@@ -58,7 +62,7 @@ def test_in_other_orders_tokens_are_told_in_these_and_targets_with_them(random_g
 
 @pytest.mark.parametrize("share", [0.0, 1.0, 0.5])
 def test_a_share_of_the_orders_is_random(share):
-    orders = np.asarray(jax.jit(draw_orders, static_argnums=1)(jax.random.key(3), (400, 9), share))
+    orders = np.asarray(jit(draw_orders, static_argnums=1)(jax.random.key(3), (400, 9), share))
     np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(9), (400, 1)))
     random = (orders != np.arange(9)).any(axis=1)
     assert random.mean() == share if share in (0, 1) else abs(random.mean() - share) < 0.1  # 4 standard deviations
@@ -68,14 +72,14 @@ def test_a_share_of_the_orders_is_random(share):
 
 
 def test_the_random_share_falls_evenly():
-    share = jax.jit(annealed(200, 0.5, 0.75))
+    share = jit(annealed(200, 0.5, 0.75))
     steps = [0, 99, 100, 110, 125, 149, 150, 199]
     np.testing.assert_allclose([share(s) for s in steps], [1, 1, 1, 0.8, 0.5, 0.02, 0, 0], atol=1e-6)
-    at_once = jax.jit(annealed(200, 0.5, 0.5))
+    at_once = jit(annealed(200, 0.5, 0.5))
     np.testing.assert_allclose([at_once(s) for s in (0, 99, 100, 199)], [1, 1, 0, 0])
-    throughout = jax.jit(annealed(200, 1.0, 1.0))
+    throughout = jit(annealed(200, 1.0, 1.0))
     np.testing.assert_allclose([throughout(s) for s in (0, 199)], [1, 1])
-    from_the_start = jax.jit(annealed(200, 0.0, 1.0))
+    from_the_start = jit(annealed(200, 0.0, 1.0))
     np.testing.assert_allclose([from_the_start(s) for s in (0, 50, 199)], [1, 0.75, 0.005], atol=1e-6)
 
 
@@ -101,8 +105,8 @@ def test_phases(tiny_config, random_order, random_until, raster_from, first_step
 
 def test_a_step_is_random_or_in_raster_order_by_its_number(random_gpt):
     graph, state = create_state(random_gpt, optax.sgd(0.0), 0)
-    step = jax.jit(generator_stage.make_train_step(graph, optax.sgd(0.0), random_share=annealed(10, 0.5, 0.5)))
-    plain = jax.jit(generator_stage.make_train_step(graph, optax.sgd(0.0)))
+    step = jit(generator_stage.make_train_step(graph, optax.sgd(0.0), random_share=annealed(10, 0.5, 0.5)))
+    plain = jit(generator_stage.make_train_step(graph, optax.sgd(0.0)))
     for steps_done, random in ((4, True), (5, False)):
         here = state.replace(step=jnp.int32(steps_done))
         one, two = (train_step(here, BATCH)[1] for train_step in (step, plain))
@@ -114,7 +118,7 @@ def test_a_step_is_random_or_in_raster_order_by_its_number(random_gpt):
 def test_hidden_classes_are_read_as_the_begin_token(share):
     gpt = small_gpt(class_dropout=share, tie_weights=False)  # untied, so that only the rows that are read move
     graph, state = create_state(gpt, optax.sgd(1.0), 0)
-    after, _ = jax.jit(generator_stage.make_train_step(graph, optax.sgd(1.0)))(state, BATCH)
+    after, _ = jit(generator_stage.make_train_step(graph, optax.sgd(1.0)))(state, BATCH)
     change = after.params["token_embedding"][...] - state.params["token_embedding"][...]
     moved = np.abs(np.asarray(change)).sum(axis=1)
     assert (moved[gpt.begin_id] > 0) == (share == 1)
@@ -122,14 +126,14 @@ def test_hidden_classes_are_read_as_the_begin_token(share):
 
 
 def test_only_models_of_random_order_are_measured_in_it(random_gpt, random_module):
-    found = nnx.jit(generator_stage.held_out_metrics)(random_gpt, BATCH)
+    found = jit(generator_stage.held_out_metrics)(random_gpt, BATCH)
     assert set(found) == {"nats_per_token", "random_order_nats_per_token"}
     orders = draw_orders(jax.random.key(0), (4, 9), 1.0)
     conditions = jnp.asarray(6 + BATCH["label"])
     for name, given in (("nats_per_token", None), ("random_order_nats_per_token", orders)):
         expected = token_losses(random_gpt, conditions, jnp.asarray(BATCH["token_ids"]), orders=given).mean(axis=1)
         np.testing.assert_allclose(found[name], expected, rtol=1e-5)
-    assert set(nnx.jit(generator_stage.held_out_metrics)(random_module(small_gpt, 1.0), BATCH)) == {"nats_per_token"}
+    assert set(jit(generator_stage.held_out_metrics)(random_module(small_gpt, 1.0), BATCH)) == {"nats_per_token"}
 
 
 def test_a_size_chooses_widths_and_depth_and_an_unknown_one_is_refused(tiny_config):

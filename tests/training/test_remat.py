@@ -1,5 +1,6 @@
 """What a step keeps and in how many parts it takes a batch changes memory, not what it computes."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,6 +18,9 @@ from vgpt_jax.training.sharding import make_mesh, of_batches, shard_batch
 from vgpt_jax.training.state import create_state
 from vgpt_jax.training.tokenizer_step import Recipe, TokenizerState, make_train_step
 
+# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 GPT_ARGUMENTS = {"num_codes": 32, "num_classes": 3, "num_tokens": 16, "d_model": 32, "num_layers": 3, "num_heads": 2}
 GPT_ARGUMENTS |= {f"{name}_dropout": 0.0 for name in ("embedding", "residual", "attention")}
 
@@ -30,7 +34,7 @@ def test_the_mean_over_parts_is_that_of_the_whole_and_rows_keep_their_order():
 
     key = jax.random.key(0)
     for mesh in (None, make_mesh(2, 2, 2)):
-        means, rows = jax.jit(lambda b, m=mesh: in_parts(function, b, key, 3, m))(batch)
+        means, rows = jit(lambda b, m=mesh: in_parts(function, b, key, 3, m))(batch)
         assert float(means["mean"]) == 5.5
         assert float(means["size"]) == 4
         np.testing.assert_array_equal(rows["doubled"], 2 * np.arange(12))
@@ -49,7 +53,7 @@ def test_every_device_has_its_share_of_each_part():
         return jnp.sum(part), part
 
     x = jax.device_put(np.arange(32.0).reshape(16, 2), of_batches(mesh))
-    jax.jit(lambda x: in_parts(function, x, jax.random.key(0), 2, mesh))(x)
+    jit(lambda x: in_parts(function, x, jax.random.key(0), 2, mesh))(x)
     assert all(sharding.shard_shape((8, 2)) == (1, 2) for sharding in seen)
     assert seen
 
@@ -65,7 +69,7 @@ def test_gradients_do_not_depend_on_policy_or_parts():
     expected = None
     for remat, accumulate in (("none", 1), ("dots", 1), ("blocks", 4)):
         state, step, batch = generator(remat, accumulate)
-        after, metrics = jax.jit(step)(state, batch)
+        after, metrics = jit(step)(state, batch)
         result = (after.params, metrics["nats_per_token"], metrics["gradient_norm"])
         if expected is None:
             expected = result
@@ -113,7 +117,7 @@ def test_codebook_surgery_sees_the_whole_batch(quantizer):
         optimizer = optax.sgd(0.1)
         graph, state = create_state(Tokenizer(**arguments, rngs=nnx.Rngs(0)), optimizer, 0)
         step = make_train_step(Recipe(graph, optimizer, "l2", accumulate=accumulate))
-        state, metrics = jax.jit(step)(TokenizerState(**vars(state), discriminator=None), {"image": images})
+        state, metrics = jit(step)(TokenizerState(**vars(state), discriminator=None), {"image": images})
         ends.append((state.params, state.buffers, metrics))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *ends)
 

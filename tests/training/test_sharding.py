@@ -42,10 +42,14 @@ def batch_of(index: int, names) -> dict:
 def train(stage: str, config, mesh):
     """Twenty steps on random batches: the metrics of each, and the state at the end."""
     planned = STAGES[stage].program(config, mesh, 9, Path("nowhere"))
-    state, seen = planned.create(), []
+    state, seen, steps = planned.create(), [], {}
     for index in range(STEPS):
-        step = planned.train_steps[max(first for first in planned.train_steps if first <= index)]
-        state, metrics = step(state, shard_batch(mesh, batch_of(index, planned.batch)), None)
+        batch = shard_batch(mesh, batch_of(index, planned.batch))
+        first = max(first for first in planned.train_steps if first <= index)
+        if first not in steps:  # compiling is nearly all of the time, so the compiler is asked not to optimise
+            lowered = planned.train_steps[first].lower(state, batch, None)
+            steps[first] = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+        state, metrics = steps[first](state, batch, None)
         seen.append({name: float(value) for name, value in metrics.items()})
     return seen, state
 
