@@ -16,7 +16,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 # every module's tests want the same ones, many to a test.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).with_name("helpers"))]
 
 from vgpt_jax.host_memory import collect_garbage_rarely  # noqa: E402 - where it lies is known only now
 
@@ -62,7 +62,7 @@ def _compiled_programs():
 
 @pytest.fixture(scope="module")
 def one_device():
-    """Runs are on one device, as on a laptop: for modules whose tests are not about meshes, which take half the time."""
+    """Runs are on one device, as on a laptop: for modules whose tests are not about meshes."""
     import jax
 
     first = jax.devices()[:1]
@@ -110,6 +110,12 @@ def tiny_overrides() -> dict:
     return dict(TINY)
 
 
+@pytest.fixture(scope="session")
+def tiny_arguments(tiny_overrides) -> list[str]:
+    """The same as arguments of a command line."""
+    return [f"--config.{name}={value}" for name, value in tiny_overrides.items()]
+
+
 @pytest.fixture
 def tiny_config():
     """``configs/emoji.py``, made tiny."""
@@ -121,26 +127,21 @@ def tiny_config():
 
 
 @pytest.fixture(scope="session")
-def of_children() -> dict:
-    """What is added to the environment of processes that train for a moment: one device, and a compiler that does not optimise,
-    for most of their time goes into compiling."""
-    return {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, of_children) -> Path:
+def trained(tmp_path_factory, tiny_arguments) -> Path:
     """A workdir in which all three stages of the tiny config are finished, by one device, as by a command. There is one for all
     processes of the suite. Not to be written to."""
-    flags = [f"--config.{name}={value}" for name, value in TINY.items()]
+    from quick_compile import ENVIRONMENT
+
     folder = tmp_path_factory.getbasetemp()
     workdir = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "trained"
     with workdir.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second waits
         if not (workdir / "classifier" / "model").exists():
+            command = [sys.executable, "-m", "vgpt_jax.main", "--config=configs/emoji.py", f"--workdir={workdir}"]
             ended = subprocess.run(
-                [sys.executable, "-m", "vgpt_jax.main", "--config=configs/emoji.py", f"--workdir={workdir}", *flags],
+                [*command, *tiny_arguments],
                 cwd=Path(__file__).parents[1],
-                env=os.environ | of_children,
+                env=os.environ | ENVIRONMENT,
                 capture_output=True,
                 text=True,
             )

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+import quick_compile
 from vgpt_jax import evaluate, main, sample
 from vgpt_jax.data.image_folder import load_image_folder
 from vgpt_jax.data.token_cache import read_token_cache
@@ -170,11 +171,6 @@ def test_main_says_what_is_wrong(run_main, error_of, tmp_path, arguments, named)
     assert not (tmp_path / "x").exists()  # nothing is left behind
 
 
-@pytest.fixture
-def tiny_arguments(tiny_overrides):
-    return [f"--config.{name}={value}" for name, value in tiny_overrides.items()]
-
-
 @pytest.mark.parametrize(
     ("argument", "named"),
     [
@@ -257,7 +253,7 @@ def test_a_tokenizer_that_does_not_fit_the_token_cache_is_refused(
     assert "was written by tokenizer 0000000000000000" in message
 
 
-def test_a_folder_of_pictures_is_trained_on_like_the_emoji(run_main, of_children, error_of, tmp_path, tiny_arguments):
+def test_a_folder_of_pictures_is_trained_on_like_the_emoji(run_main, error_of, tmp_path, tiny_arguments):
     rng = np.random.default_rng(0)
     for name in ("reds", "blues", *"abcdefg"):  # as many classes as emoji have: the programs are compiled already
         (tmp_path / "pictures" / name).mkdir(parents=True)
@@ -273,7 +269,7 @@ def test_a_folder_of_pictures_is_trained_on_like_the_emoji(run_main, of_children
     assert "broken.jpg" in error_of(run_main, *start)
     again = [sys.executable, "-m", "vgpt_jax.main", *start, "--config.data.on_corrupt=skip"]
     # In the same workdir: what was refused has left nothing there.
-    ended = subprocess.run(again, cwd=ROOT, env=os.environ | of_children, capture_output=True, text=True)
+    ended = subprocess.run(again, cwd=ROOT, env=os.environ | quick_compile.ENVIRONMENT, capture_output=True, text=True)
     assert ended.returncode == 0 and "skipped 1 of 91 pictures" in ended.stderr, ended.stderr
     sample.main(
         ["--from_pretrained", f"{tmp_path}/run", "--cls_name", "red", "blue", "--save_path", f"{tmp_path}/out.gif"]

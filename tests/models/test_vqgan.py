@@ -1,4 +1,3 @@
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -8,6 +7,7 @@ import pytest
 import torch
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax import Tokenizer, UserError
 from vgpt_jax.models.vqgan import (
     Downsample,
@@ -19,9 +19,6 @@ from vgpt_jax.models.vqgan import (
     group_norm,
 )
 from vgpt_jax.pretrained.visual_gpt import read_visual_gpt
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "visual_gpt_cosine"
 TINY = {"image_size": 8, "z_channels": 4, "ch": 8, "ch_mult": (1, 2), "num_res_blocks": 1}

@@ -1,17 +1,12 @@
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax import UserError
 from vgpt_jax.models.vqvae import PlainResidualBlock, SubPixelUpsample, VQVAEDecoder, VQVAEEncoder
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 TINY = {"z_channels": 5, "ch": 8, "num_res_blocks": 1, "res_channels": 4}
 

@@ -7,6 +7,7 @@ import torch
 from flax import nnx
 from torch.nn import functional
 
+from quick_compile import jit
 from vgpt_jax.errors import UserError
 from vgpt_jax.models import inception as inception_module
 from vgpt_jax.pretrained import inception as pretrained_module
@@ -145,8 +146,7 @@ def test_features_are_pytorchs(published, network, monkeypatch):
     with torch.no_grad():
         expected = published[0](torch.from_numpy(images).permute(0, 3, 1, 2), SIZE).numpy()
     graph, state = nnx.split(network)
-    # Compiling is most of the test's time, so the compiler is asked not to optimise.
-    run = jax.jit(lambda s, x: nnx.merge(graph, s)(x), compiler_options={"xla_backend_optimization_level": 0})
+    run = jit(lambda s, x: nnx.merge(graph, s)(x))
     ours = np.asarray(run(state, images))
     assert ours.shape == (2, 2048)
     assert expected.std() > 0.1 and np.abs(expected[0] - expected[1]).max() > 0.01

@@ -3,7 +3,6 @@ from them; the generator's logits and samples are compared in tests/models/test_
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,13 +13,13 @@ import torch
 from flax import nnx
 from safetensors.torch import save_file
 
+from quick_compile import jit
 from vgpt_jax import UserError
 from vgpt_jax.pretrained.converted import numbered_class_names
 from vgpt_jax.pretrained.llamagen import read_llamagen
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llamagen"
 TOKENIZER, GPT_FILE = GOLDEN / "vq_ds.pt", GOLDEN / "c2i.pt"
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is nearly all of the time
 
 
 def state_of(converted) -> dict:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from functools import partial
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from flax import nnx
 from flax.serialization import msgpack_serialize
 from torch.nn import functional
 
+from quick_compile import jit
 from vgpt_jax.errors import UserError
 from vgpt_jax.models.tokenizer import Tokenizer
 from vgpt_jax.pretrained.maskgit import read_maskgit
@@ -110,8 +110,7 @@ def test_ids_and_reconstructions_are_the_peers(published, converted, images):
     _, _, ids, reconstructions = published
     graph, state = nnx.split(converted.model)
 
-    # Compiling is nearly all of the test's time, so the compiler is asked not to optimise.
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jit
     def run(state, images, ids):
         tokenizer = nnx.merge(graph, state)
         return tokenizer.encode(images), tokenizer.decode(ids), tokenizer(images).reconstruction

@@ -1,6 +1,5 @@
 """taming's checkpoints. Golden files: a tiny Net2Net transformer with random weights, and what the original computed from it."""
 
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,11 +10,11 @@ import torch
 import yaml
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax import UserError
 from vgpt_jax.pretrained.taming import read_taming
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "taming"
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is nearly all of the time
 
 
 @pytest.fixture(scope="module")

@@ -3,22 +3,20 @@ searches by cosine is also what the networks are tested against (tests/models)."
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax import UserError
 from vgpt_jax.pretrained.visual_gpt import read_visual_gpt
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROJECTED, COSINE = GOLDEN / "visual_gpt_projected", GOLDEN / "visual_gpt_cosine"
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiling is nearly all of the time
 
 
 @pytest.fixture(scope="module")

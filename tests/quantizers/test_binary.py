@@ -1,15 +1,12 @@
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from quick_compile import jit
 from vgpt_jax.quantizers.binary import bit_entropies, bits_to_ids, ids_to_bits
 
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 ENTROPIES = jit(bit_entropies, static_argnums=1)
 GRADIENTS = jit(jax.jacrev(bit_entropies), static_argnums=1)
 

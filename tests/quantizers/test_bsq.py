@@ -10,11 +10,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from vector_quantize_pytorch import lookup_free_quantization
 
+from quick_compile import jit
 from vgpt_jax.errors import UserError
 from vgpt_jax.quantizers.bsq import BSQ
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make(**options):

@@ -9,12 +9,10 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from vector_quantize_pytorch.vector_quantize_pytorch import directional_reparam as peer_directional_reparam
 
+from quick_compile import jit
 from vgpt_jax.errors import UserError
 from vgpt_jax.quantizers.diveq import DiVeQ, directional_reparam
 from vgpt_jax.quantizers.surgery import init_from_latents
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make(**options):

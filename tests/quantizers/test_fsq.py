@@ -9,11 +9,9 @@ import vector_quantize_pytorch as peer
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from quick_compile import jit
 from vgpt_jax.errors import UserError
 from vgpt_jax.quantizers.fsq import FSQ
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make(*levels):

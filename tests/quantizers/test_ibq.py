@@ -8,11 +8,9 @@ import torch
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from quick_compile import jit
 from vgpt_jax.errors import UserError
 from vgpt_jax.quantizers.ibq import IBQ
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 WEIGHTS = ("index_weight", "codebook_weight", "commitment_weight", "entropy_weight")
 

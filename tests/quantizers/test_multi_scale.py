@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from quick_compile import jit
 from vgpt_jax.errors import UserError
 from vgpt_jax.quantizers.multi_scale import (
     MultiScaleQuantize,
@@ -16,9 +17,6 @@ from vgpt_jax.quantizers.multi_scale import (
     bicubic_matrix,
     nearest_ticks,
 )
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 SCALES, K, D = (1, 2, 3), 8, 4
 SIDE, LENGTH = 3, 14

@@ -9,11 +9,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from vector_quantize_pytorch import ResidualVQ
 
+from quick_compile import jit
 from vgpt_jax.errors import UserError
 from vgpt_jax.quantizers.residual import ResidualQuantize
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 Q, K, D = 3, 8, 4
 INNER = {"num_codewords": K, "embedding_dim": D, "pretrain_steps": 0, "penalty_weight": 0.0, "init_method": "kaiming"}

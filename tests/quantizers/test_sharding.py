@@ -1,18 +1,14 @@
 """Every variant of VectorQuantize takes on eight devices the steps that it takes on one: its statistics and draws are those of
 the global batch."""
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax import VectorQuantize
 from vgpt_jax.training.sharding import make_mesh, replicate, shard_batch
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 NUM_STEPS, D = 5, 4
 

@@ -1,11 +1,10 @@
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax import VectorQuantize
 from vgpt_jax.quantizers.surgery import (
     add_relative_noise,
@@ -17,9 +16,6 @@ from vgpt_jax.quantizers.surgery import (
     replace_stale,
     step_to_means,
 )
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 INIT = jit(init_from_latents)
 COUNT_DOWN = jit(count_down, static_argnames="replace_freq")

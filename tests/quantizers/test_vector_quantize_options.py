@@ -1,6 +1,5 @@
 """Every option of the quantizer, and every pair of options, compiles once and trains."""
 
-from functools import partial
 from itertools import combinations
 
 import jax
@@ -10,10 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax import VectorQuantize
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make(**options):

@@ -12,13 +12,12 @@ from vector_quantize_pytorch import VectorQuantize as Peer
 from vector_quantize_pytorch.vector_quantize_pytorch import kmeans as peer_kmeans
 from vector_quantize_pytorch.vector_quantize_pytorch import orthogonal_loss_fn
 
+from quick_compile import jit
 from vgpt_jax import VectorQuantize
 from vgpt_jax.quantizers.entropy import entropy_loss
 from vgpt_jax.quantizers.search import orthogonality_loss
 from vgpt_jax.quantizers.surgery import kmeans
 
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 K, D = 16, 4

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import quick_compile
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 import malformed_inputs  # noqa: E402
@@ -47,8 +49,8 @@ Case, Ended, Worker = malformed_inputs.Case, malformed_inputs.Ended, malformed_i
 
 
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory, of_children):  # as the run was that some go on with, or other weights would come of it
-    worker = Worker(tmp_path_factory.mktemp("worker"), malformed_inputs.ENVIRONMENT | of_children)
+def worker(tmp_path_factory):  # as the run was that some go on with, or other weights would come of it
+    worker = Worker(tmp_path_factory.mktemp("worker"), malformed_inputs.ENVIRONMENT | quick_compile.ENVIRONMENT)
     yield worker
     worker.close()
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import quick_compile
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torture  # noqa: E402
@@ -21,8 +23,8 @@ SCHEDULE = [
 
 
 @pytest.fixture(scope="module")
-def run(tiny_overrides, of_children):
-    return partial(torture.run, torture.command(tiny_overrides), environment=of_children)
+def run(tiny_overrides):
+    return partial(torture.run, torture.command(tiny_overrides), environment=quick_compile.ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")

@@ -82,6 +82,8 @@ def run(
 ) -> tuple[str, list[str]]:
     """Runs the command, disturbed or not: how it ended ("done", "killed", "told", "refused") and what it printed.
 
+    ``environment`` is added to this process's.
+
     Raises:
       AssertionError: it ended as it should not.
     """

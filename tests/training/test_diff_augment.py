@@ -1,16 +1,12 @@
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from quick_compile import jit
 from vgpt_jax import UserError
 from vgpt_jax.training.diff_augment import color, cutout, diff_augment, translation
 from vgpt_jax.training.sharding import make_mesh, shard_batch
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 COLOR, TRANSLATION, CUTOUT = jit(color), jit(translation), jit(cutout)
 AUGMENT = jit(diff_augment, static_argnums=(2, 3))

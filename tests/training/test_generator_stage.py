@@ -1,6 +1,5 @@
 """The generator's training: its loss, orders of writing and when they are random, and what the config makes of it."""
 
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax.errors import UserError
 from vgpt_jax.models.gpt import GPT
 from vgpt_jax.training import generator_stage
@@ -17,9 +17,6 @@ from vgpt_jax.training.from_config import abstract_tokenizer, gpt_arguments
 from vgpt_jax.training.generator_stage import annealed, draw_orders, phases, token_losses
 from vgpt_jax.training.sharding import make_mesh
 from vgpt_jax.training.state import create_state
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 BATCH = {
     "token_ids": np.random.default_rng(0).integers(0, 6, (4, 9)).astype(np.int32),

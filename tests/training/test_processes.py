@@ -7,13 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import quick_compile
 from vgpt_jax import evaluate, sample
 from vgpt_jax.errors import UserError
 from vgpt_jax.training import processes
@@ -58,18 +58,12 @@ def free_port() -> int:
         return held.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def run(of_children):
-    return partial(run_processes, os.environ | of_children)
-
-
-def run_processes(
-    environment: dict, count: int, arguments: list[str], terminate_at: str | None = None
-) -> tuple[list[int], list[str]]:
+def run(count: int, arguments: list[str], terminate_at: str | None = None) -> tuple[list[int], list[str]]:
     """Runs ``python -m`` with the arguments in ``count`` processes: their exit statuses, and the output of each.
 
     ``terminate_at``: all get SIGTERM when the first prints a line that begins so.
     """
+    environment = os.environ | quick_compile.ENVIRONMENT
     of_all = ["--coordinator", f"localhost:{free_port()}", "--num_processes", str(count)] if count > 1 else []
     started = []
     for index in range(count):
@@ -95,7 +89,7 @@ def run_processes(
 
 
 @pytest.fixture(scope="module")
-def alone(run, flags, tmp_path_factory) -> Path:
+def alone(flags, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("alone")
     statuses, outputs = run(1, ["vgpt_jax.main", "--config=configs/emoji.py", f"--workdir={workdir}", *flags])
     assert statuses == [0], outputs
@@ -117,7 +111,7 @@ LONG = [
 
 
 @pytest.fixture(scope="module", params=[SHORT, pytest.param(LONG, marks=pytest.mark.long)], ids=["short", "long"])
-def changing(request, run, flags, tmp_path_factory) -> Path:
+def changing(request, flags, tmp_path_factory) -> Path:
     """The same training, gone on with by other numbers of processes, on other meshes."""
     workdir = tmp_path_factory.mktemp("changing")
     for count, more, stop_at in request.param:
@@ -160,7 +154,7 @@ def test_the_token_cache_is_the_same(alone, changing):
 
 
 @pytest.mark.long
-def test_two_processes_measure_what_one_does(run, alone):
+def test_two_processes_measure_what_one_does(alone):
     measure = ["--num", "1", "--accept_n", "2", "--workdir", str(alone)]
     evaluate.main(measure)
     expected = json.loads((alone / "evaluation" / "metrics.json").read_text())
@@ -173,7 +167,7 @@ def test_two_processes_measure_what_one_does(run, alone):
             np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
 
 
-def test_two_processes_draw_what_one_does(run, alone, tmp_path):
+def test_two_processes_draw_what_one_does(alone, tmp_path):
     draw = ["--cls_name", "flags", "animals", "--accept_n", "3", "--from_pretrained", str(alone), "--save_path"]
     sample.main([*draw, str(tmp_path / "one.gif")])
     statuses, outputs = run(2, ["vgpt_jax.sample", *draw, str(tmp_path / "two.gif")])

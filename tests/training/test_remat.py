@@ -1,6 +1,5 @@
 """What a step keeps and in how many parts it takes a batch changes memory, not what it computes."""
 
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax.models.gpt import GPT
 from vgpt_jax.models.tokenizer import Tokenizer
 from vgpt_jax.training import classifier_stage, generator_stage
@@ -17,9 +17,6 @@ from vgpt_jax.training.remat import POLICIES, economical, in_parts
 from vgpt_jax.training.sharding import make_mesh, of_batches, shard_batch
 from vgpt_jax.training.state import create_state
 from vgpt_jax.training.tokenizer_step import Recipe, TokenizerState, make_train_step
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 GPT_ARGUMENTS = {"num_codes": 32, "num_classes": 3, "num_tokens": 16, "d_model": 32, "num_layers": 3, "num_heads": 2}
 GPT_ARGUMENTS |= {f"{name}_dropout": 0.0 for name in ("embedding", "residual", "attention")}

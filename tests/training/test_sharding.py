@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+import quick_compile
 from vgpt_jax.errors import UserError
 from vgpt_jax.models.gpt import GPT
 from vgpt_jax.training.sharding import (
@@ -46,9 +47,8 @@ def train(stage: str, config, mesh):
     for index in range(STEPS):
         batch = shard_batch(mesh, batch_of(index, planned.batch))
         first = max(first for first in planned.train_steps if first <= index)
-        if first not in steps:  # compiling is nearly all of the time, so the compiler is asked not to optimise
-            lowered = planned.train_steps[first].lower(state, batch, None)
-            steps[first] = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+        if first not in steps:
+            steps[first] = planned.train_steps[first].lower(state, batch, None).compile(quick_compile.OPTIONS)
         state, metrics = steps[first](state, batch, None)
         seen.append({name: float(value) for name, value in metrics.items()})
     return seen, state

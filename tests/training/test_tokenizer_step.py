@@ -11,6 +11,7 @@ import pytest
 import torch
 from flax import nnx
 
+from quick_compile import jit
 from vgpt_jax.models.layers import DTYPES
 from vgpt_jax.models.patchgan import PatchGAN
 from vgpt_jax.models.tokenizer import Tokenizer
@@ -28,9 +29,6 @@ from vgpt_jax.training.tokenizer_step import (
 )
 
 from .torch_gan_step import HINGE, NON_SATURATING, discriminator_gradients, gan_step
-
-# Compiling is nearly all of these tests' time, so the compiler is asked not to optimise.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 ARCHITECTURE_ARGS = {  # norms have groups of 3 channels: of 1, they would undo the bias of the convolution before
     "vqgan": {"z_channels": 4, "ch": 12, "ch_mult": (1, 2), "num_res_blocks": 1},
